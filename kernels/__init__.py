@@ -1,0 +1,1 @@
+"""Triton kernels, one kernel and its launcher per file. No validation and no policy here: callers own both."""

@@ -1,0 +1,73 @@
+"""The language-model head as an argument bundle: how hidden states become log-probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rlvr_fast import _validate as check
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """raw = hidden @ weight.T + bias;  z = softcap * tanh(raw / softcap) / temperature;  p = softmax(z).
+
+    Attributes:
+        weight: [V, D] float32, bfloat16 or float16.
+        bias: [V] float or None. Minus infinity takes a token out of the vocabulary.
+        temperature: divides the logits; positive.
+        softcap: bound of the soft-capped logits (Gemma 2: 30), or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    temperature: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.weight.shape[1]
+
+    @classmethod
+    def checked(cls, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float,
+                softcap: float | None) -> Head:
+        """Validate ``hidden`` [N, D] against the head's arguments and bundle the latter."""
+        check.tensor("hidden", hidden, ndim=2, dtypes=check.FLOAT_DTYPES)
+        check.tensor("weight", weight, ndim=2, dtypes=check.FLOAT_DTYPES, device=hidden.device)
+        if weight.dtype != hidden.dtype:
+            raise TypeError(f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
+        if weight.shape[0] == 0 or weight.shape[1] == 0:
+            raise ValueError(f"weight must be [V, D] with V, D >= 1, got {check.describe(weight)}")
+        if weight.shape[1] != hidden.shape[1]:
+            raise ValueError(f"weight must be [V, D] with D = {hidden.shape[1]} as in hidden, "
+                             f"got {check.describe(weight)}")
+        if bias is not None:
+            check.tensor("bias", bias, shape=(weight.shape[0],), dtypes=check.FLOAT_DTYPES, device=hidden.device)
+        temperature = check.positive("temperature", temperature)
+        softcap = None if softcap is None else check.positive("softcap", softcap)
+        check.all_finite("hidden", hidden)
+        return cls(weight, bias, temperature, softcap)
+
+
+def check_tokens(tokens: torch.Tensor, n_tokens: int, vocabulary_size: int, device: torch.device) -> torch.Tensor:
+    """[N] token ids inside the vocabulary, as contiguous int64.
+
+    On the CPU a bad id raises ValueError; on an accelerator it fails an asynchronous device assertion, because looking
+    at the ids would synchronise.
+    """
+    check.tensor("tokens", tokens, shape=(n_tokens,), dtypes=check.INTEGER_DTYPES, device=device)
+    tokens = tokens.detach().long().contiguous()
+    outside = (tokens < 0) | (tokens >= vocabulary_size)
+    if device.type == "cpu":
+        if outside.any():
+            where = int(outside.nonzero()[0])
+            raise ValueError(f"tokens must be in [0, V) with V = {vocabulary_size}, "
+                             f"got {int(tokens[where])} at position {where}")
+    elif n_tokens:
+        torch._assert_async(~outside.any(), f"tokens must be in [0, V) with V = {vocabulary_size}")
+    return tokens
