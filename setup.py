@@ -25,7 +25,11 @@ def native_extension():
                 "csrc/cpu/head_pass_avx2.cpp",
                 "csrc/cpu/head_pass_avx512.cpp",
             ],
-            depends=["csrc/cpu/head_pass.h", "csrc/cpu/head_pass_kernel.h"],
+            depends=[
+                "csrc/cpu/head_pass.h",
+                "csrc/cpu/head_pass_kernel.h",
+                "csrc/cpu/head_pass_system.h",
+            ],
             cxx_std=17,
             extra_compile_args=flags,
             extra_link_args=[] if sys.platform == "win32" else ["-pthread"],

@@ -1,0 +1,6 @@
+// The head pass for the compiler's default instruction set: 128-bit vectors (SSE2, NEON).
+#define RLVR_LANES 4
+#define RLVR_ROWS 6
+#include "head_pass_kernel.h"
+
+void rlvr::head_pass_baseline(const HeadPass& arguments) { ::head_pass(arguments); }

@@ -1,0 +1,57 @@
+"""The C++ backend for CPU tensors: the fused head pass of csrc/cpu. What it does not implement, torch does."""
+
+from __future__ import annotations
+
+import torch
+
+from rlvr_fast.backends.base import TokenPass
+from rlvr_fast.head import Head
+
+try:
+    from rlvr_fast import _native
+except ImportError as error:
+    _native = None
+    IMPORT_ERROR = str(error)
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why this backend cannot serve tensors on ``device``; None if it can."""
+    if device.type != "cpu":
+        return f"the native backend runs on the CPU, the tensors are on {device}"
+    if _native is None:
+        return f"the native extension is not built ({IMPORT_ERROR}); install with a C++17 compiler present"
+    return None
+
+
+def head_pass(hidden: torch.Tensor, tokens: torch.Tensor, head: Head) -> TokenPass:
+    """Statistics of every token, N·V·D multiply-adds, no [N, V] buffer."""
+    return _run(hidden, tokens, head, None, None, None)
+
+
+def head_pass_with_sums(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, coefficients: torch.Tensor,
+                        cu_seqlens: torch.Tensor) -> tuple[TokenPass, torch.Tensor]:
+    """The same, and per response Σ_t c_t ∂logp_t/∂raw: [R, V]. One product; a [V, 128] buffer of logits."""
+    sums = torch.empty(cu_seqlens.numel() - 1, head.vocabulary_size)
+    coefficients = coefficients.to(torch.float32).contiguous()
+    cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
+    return _run(hidden, tokens, head, coefficients, cu_seqlens, sums), sums
+
+
+def _run(hidden, tokens, head, coefficients, cu_seqlens, sums, instruction_set="auto") -> TokenPass:
+    hidden, weight = hidden.detach().contiguous(), head.weight.detach().contiguous()
+    bias = None if head.bias is None else head.bias.detach().to(torch.float32).contiguous()
+    results = torch.empty(6, hidden.shape[0])
+
+    def address(tensor):
+        return 0 if tensor is None else tensor.data_ptr()
+
+    _native.head_pass(
+        dtype=_DTYPE_CODES[hidden.dtype], hidden=address(hidden), weight=address(weight), bias=address(bias),
+        tokens=address(tokens), n_tokens=hidden.shape[0], vocabulary=head.vocabulary_size, width=head.hidden_size,
+        temperature=head.temperature, softcap=head.softcap or 0.0, results=address(results), sums=address(sums),
+        coefficients=address(coefficients), cu_seqlens=address(cu_seqlens),
+        n_responses=0 if sums is None else sums.shape[0], n_threads=torch.get_num_threads(),
+        instruction_set=instruction_set)
+    return TokenPass(*results.unbind(0))
