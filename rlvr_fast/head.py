@@ -50,8 +50,18 @@ class Head:
             check.tensor("bias", bias, shape=(weight.shape[0],), dtypes=check.FLOAT_DTYPES, device=hidden.device)
         temperature = check.positive("temperature", temperature)
         softcap = None if softcap is None else check.positive("softcap", softcap)
-        check.all_finite("hidden", hidden)
         return cls(weight, bias, temperature, softcap)
+
+
+def check_values(hidden: torch.Tensor) -> None:
+    """Raise if ``hidden`` on the CPU is not finite; an accelerator is not asked, that would synchronise."""
+    if hidden.device.type == "cpu" and not torch.isfinite(hidden).all():
+        raise ValueError(f"hidden must be finite, got {check.describe(hidden)} with NaN or infinite entries")
+
+
+def check_shapes_of_tokens(tokens: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Token ids of the wanted shape and an integer dtype; looks at no value."""
+    check.tensor("tokens", tokens, shape=tuple(shape), dtypes=check.INTEGER_DTYPES, device=device)
 
 
 def check_tokens(tokens: torch.Tensor, n_tokens: int, vocabulary_size: int, device: torch.device) -> torch.Tensor:
@@ -60,7 +70,7 @@ def check_tokens(tokens: torch.Tensor, n_tokens: int, vocabulary_size: int, devi
     On the CPU a bad id raises ValueError; on an accelerator it fails an asynchronous device assertion, because looking
     at the ids would synchronise.
     """
-    check.tensor("tokens", tokens, shape=(n_tokens,), dtypes=check.INTEGER_DTYPES, device=device)
+    check_shapes_of_tokens(tokens, (n_tokens,), device)
     tokens = tokens.detach().long().contiguous()
     outside = (tokens < 0) | (tokens >= vocabulary_size)
     if device.type == "cpu":

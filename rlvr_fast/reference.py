@@ -101,7 +101,7 @@ def hidden_gradient(token_scores, weight):
 
 def token_coefficients(lengths: Sequence[int], length_norm: bool):
     """c_t = 1, or 1/|o_i| with length normalisation: [N]."""
-    return torch.cat([torch.full((n,), 1.0 / n if length_norm else 1.0, dtype=torch.float64) for n in lengths])
+    return torch.cat([torch.full((n,), 1.0 / max(n, 1) if length_norm else 1.0, dtype=torch.float64) for n in lengths])
 
 
 def response_gradients_logits(token_scores, coefficients, cu_seqlens):

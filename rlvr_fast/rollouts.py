@@ -7,8 +7,9 @@ brings any per-token tensor of the loop (hidden states, log-probs) into the same
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ class Rollouts:
         correct: [R] bool, the verdict that splits a prompt's responses into its two classes.
         prompt_index: [R] int64 in [0, P), prompts numbered in order of first appearance.
         prompt_ids: the P distinct prompt ids as given, in that order.
-        vocabulary_range: (smallest, largest) token id, known on the host; (0, -1) when there are no tokens.
+        vocabulary_range: (smallest, largest) token id; (0, -1) when there are no tokens. On the host, like the next two.
+        bounds: ``cu_seqlens`` as R+1 Python ints.
+        members: per prompt the tuple of its responses.
     """
 
     tokens: torch.Tensor
@@ -41,9 +44,11 @@ class Rollouts:
     prompt_index: torch.Tensor
     prompt_ids: tuple[Hashable, ...]
     vocabulary_range: tuple[int, int]
+    bounds: tuple[int, ...]
+    members: tuple[tuple[int, ...], ...]
     lengths: torch.Tensor = field(init=False)
-    _source_index: torch.Tensor | None = None
-    _source_shape: tuple[int, ...] = ()
+    _source_index: torch.Tensor = field(kw_only=True)
+    _source_shape: tuple[int, ...] = field(kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lengths", self.cu_seqlens.diff())
@@ -117,7 +122,11 @@ class Rollouts:
             raise TypeError(f"rewards must be real numbers, got {check.describe(rewards)}")
         rewards = rewards.detach().to(torch.float32).clone()
         correct = _classes(rewards, correct, threshold)
-        prompt_index, distinct = _prompts(n_responses, group_size, prompt_ids, device)
+        index, distinct = _prompts(n_responses, group_size, prompt_ids)
+        members = [[] for _ in distinct]
+        for response, prompt in enumerate(index):
+            members[prompt].append(response)
+        prompt_index = torch.tensor(index, dtype=torch.int64, device=device)
 
         source_index = valid.nonzero().squeeze(1)
         tokens = flat_tokens.detach()[source_index].long()
@@ -126,6 +135,7 @@ class Rollouts:
             raise ValueError(f"{tokens_name} must be token ids >= 0 (or {IGNORED_LABEL} for padding), got {smallest}")
         cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).long()
         return cls(tokens, cu_seqlens, rewards, correct, prompt_index, distinct, (smallest, largest),
+                   tuple(cu_seqlens.tolist()), tuple(map(tuple, members)),
                    _source_index=source_index, _source_shape=source_shape)
 
     # -- sizes --------------------------------------------------------------------------------------------------------
@@ -163,9 +173,7 @@ class Rollouts:
         source = self._source_shape
         if tuple(x.shape[: len(source)]) == source:
             flat = x.reshape(-1, *x.shape[len(source):])
-            if self._source_index is None or flat.shape[0] == self.n_tokens:
-                return flat
-            return flat.index_select(0, self._source_index)
+            return flat if flat.shape[0] == self.n_tokens else flat.index_select(0, self._source_index)
         if x.ndim >= 1 and x.shape[0] == self.n_tokens:
             return x
         wanted = ", ".join(map(str, source))
@@ -177,31 +185,23 @@ class Rollouts:
         check.tensor("x", x, device=self.device)
         if x.ndim < 1 or x.shape[0] != self.n_tokens:
             raise ValueError(f"x must have {self.n_tokens} rows (rollout order), got {check.describe(x)}")
-        if self._source_index is None:
-            return x
-        rows = 1
-        for size in self._source_shape:
-            rows *= size
-        flat = x.new_full((rows, *x.shape[1:]), fill).index_copy(0, self._source_index, x)
+        flat = x.new_full((math.prod(self._source_shape), *x.shape[1:]), fill).index_copy(0, self._source_index, x)
         return flat.reshape(*self._source_shape, *x.shape[1:])
 
     def to(self, device: torch.device | str) -> Rollouts:
         """The same rollouts on another device."""
-        source_index = None if self._source_index is None else self._source_index.to(device)
-        return Rollouts(self.tokens.to(device), self.cu_seqlens.to(device), self.rewards.to(device),
-                        self.correct.to(device), self.prompt_index.to(device), self.prompt_ids,
-                        self.vocabulary_range, _source_index=source_index, _source_shape=self._source_shape)
+        moved = {f.name: value.to(device) for f in fields(self) if f.init
+                 and isinstance(value := getattr(self, f.name), torch.Tensor)}
+        return replace(self, **moved)
 
     def __repr__(self) -> str:
-        n_correct = torch.zeros(self.n_prompts, dtype=torch.int64).index_add_(
-            0, self.prompt_index.cpu(), self.correct.cpu().long())
-        size = torch.bincount(self.prompt_index.cpu(), minlength=self.n_prompts)
-        mixed = int(((n_correct > 0) & (n_correct < size)).sum())
-        solved = int((n_correct == size).sum())
+        correct = self.correct.tolist()
+        shares = [sum(correct[i] for i in prompt) / len(prompt) for prompt in self.members]
+        solved, failed = shares.count(1.0), shares.count(0.0)
         rate = f"{self.correct.float().mean().item():.3f}" if self.n_responses else "n/a"
         lengths = (f"{int(self.lengths.min())}..{int(self.lengths.max())}" if self.n_responses else "n/a")
-        return (f"Rollouts(prompts={self.n_prompts}: {mixed} mixed, {solved} solved, "
-                f"{self.n_prompts - mixed - solved} failed; responses={self.n_responses}, success={rate}; "
+        return (f"Rollouts(prompts={self.n_prompts}: {self.n_prompts - solved - failed} mixed, {solved} solved, "
+                f"{failed} failed; responses={self.n_responses}, success={rate}; "
                 f"tokens={self.n_tokens}, length={lengths}; device={self.device})")
 
 
@@ -234,9 +234,8 @@ def _classes(rewards: torch.Tensor, correct: torch.Tensor | None, threshold: flo
     return rewards == 1
 
 
-def _prompts(n_responses: int, group_size: int | None, prompt_ids: Any,
-             device: torch.device) -> tuple[torch.Tensor, tuple[Hashable, ...]]:
-    """Number the prompts in order of first appearance: ([R] int64, the P distinct ids)."""
+def _prompts(n_responses: int, group_size: int | None, prompt_ids: Any) -> tuple[list[int], tuple[Hashable, ...]]:
+    """Number the prompts in order of first appearance: (the prompt of each response, the P distinct ids)."""
     if (group_size is None) == (prompt_ids is None):
         raise ValueError("give exactly one of group_size and prompt_ids")
     if group_size is not None:
@@ -245,8 +244,7 @@ def _prompts(n_responses: int, group_size: int | None, prompt_ids: Any,
         if group_size < 1 or n_responses % group_size:
             raise ValueError(f"group_size must be >= 1 and divide the number of responses, "
                              f"got {group_size} for {n_responses} responses")
-        prompts = range(n_responses // group_size)
-        return torch.arange(n_responses, device=device) // group_size, tuple(prompts)
+        return [i // group_size for i in range(n_responses)], tuple(range(n_responses // group_size))
     if isinstance(prompt_ids, torch.Tensor):
         check.tensor("prompt_ids", prompt_ids, shape=(n_responses,), dtypes=(*check.INTEGER_DTYPES, torch.bool))
     if isinstance(prompt_ids, str | bytes) or not hasattr(prompt_ids, "__len__"):
@@ -259,4 +257,4 @@ def _prompts(n_responses: int, group_size: int | None, prompt_ids: Any,
         index = [numbers.setdefault(identity, len(numbers)) for identity in ids]
     except TypeError:
         raise TypeError(f"prompt_ids must be hashable, got {check.describe(ids)}") from None
-    return torch.tensor(index, dtype=torch.int64, device=device), tuple(numbers)
+    return index, tuple(numbers)

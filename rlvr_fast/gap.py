@@ -1,0 +1,281 @@
+"""The gradient gap of every prompt: from hidden states and an lm_head to norms with error bars."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rlvr_fast import _validate as check
+from rlvr_fast import backends
+from rlvr_fast.backends import TokenPass
+from rlvr_fast.estimates import GapEstimate, estimate_gap
+from rlvr_fast.head import Head, check_values
+from rlvr_fast.moments import Moments, ResponseGradients, Responses
+from rlvr_fast.rollouts import Rollouts
+from rlvr_fast.token_stats import TokenStats, check_pass, run_head_pass
+
+LEVELS = ("logits", "hidden", "head")
+SUM_BYTES = 16 << 20  # [responses, V] float32 score sums held at a time, unless they are the result
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Gap:
+    """The gradient gap g⁺ − g⁻ of P prompts [paper A], estimated from their responses.
+
+    Attributes:
+        level: parameters that the gradients belong to: "logits", "hidden" or "head".
+        length_norm: whether each response's gradient was divided by its length.
+        prompt_ids: the P prompt ids, in the order of every [P] tensor below.
+        n_correct, n_incorrect: [P] int64 class sizes.
+        success_rate: [P] float64.
+        norm_sq: [P] float64, unbiased ‖g⁺ − g⁻‖²; may be negative where there is no gap to see.
+        norm_sq_naive: [P] float64, the plug-in value, biased up by the noise.
+        stderr: [P] float64, jackknife standard error of ``norm_sq``.
+        defined: [P] bool, both classes present; everything above is NaN where not.
+        pooled: [P] bool, a class of one response borrowed the noise of the other prompts.
+        correct_mean, incorrect_mean, vector: [P, K] float32 class means and their difference for the levels that
+            have vectors (K = V or D), NaN where the class is empty; None at level "head".
+        gram: per prompt the Gram matrix of its responses' gradients, [n, n] float64, rows in rollout order.
+        stats: the TokenStats of the same pass.
+        moments: the inner products behind all of this; add and merge them across layers, shards and batches.
+        gradients: the response gradients, [R, K], for the levels that have vectors; else None.
+    """
+
+    level: str
+    length_norm: bool
+    estimate: GapEstimate
+    moments: Moments
+    gram: tuple[torch.Tensor, ...]
+    stats: TokenStats | None = None
+    gradients: ResponseGradients | None = None
+    correct_mean: torch.Tensor | None = None
+    incorrect_mean: torch.Tensor | None = None
+
+    n_correct = property(lambda self: self.estimate.n_correct)
+    n_incorrect = property(lambda self: self.estimate.n_incorrect)
+    norm_sq = property(lambda self: self.estimate.norm_sq)
+    norm_sq_naive = property(lambda self: self.estimate.norm_sq_naive)
+    stderr = property(lambda self: self.estimate.stderr)
+    defined = property(lambda self: self.estimate.defined)
+    pooled = property(lambda self: self.estimate.pooled)
+    prompt_ids = property(lambda self: self.moments.responses.prompt_ids)
+
+    @property
+    def success_rate(self) -> torch.Tensor:
+        return self.n_correct.double() / (self.n_correct + self.n_incorrect)
+
+    @property
+    def vector(self) -> torch.Tensor | None:
+        return None if self.correct_mean is None else self.correct_mean - self.incorrect_mean
+
+    def batch_norm_sq(self, weights: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Debiased ‖Σ_p w_p gap_p‖² over the defined prompts with its jackknife error over prompts [derived].
+
+        Args:
+            weights: [P] float; uniform over the defined prompts by default.
+
+        Returns:
+            (norm_sq, stderr), float64 scalars; NaN without a defined prompt, the error also with a single one.
+
+        Raises:
+            ValueError: at level "head", which keeps no vectors.
+        """
+        if self.vector is None:
+            raise ValueError(f"batch_norm_sq needs gap vectors, level {self.level!r} has none; use 'hidden' or 'logits'")
+        usable = self.defined & self.norm_sq.isfinite()
+        if weights is None:
+            weights = usable.double()
+        else:
+            weights = check.tensor("weights", weights, shape=(len(self.prompt_ids),), device=usable.device).double()
+            weights = torch.where(usable, weights, 0.0)
+        return _batch_norm_sq(torch.where(usable[:, None], self.vector, 0.0).double(),
+                              torch.where(usable, self.estimate.bias, 0.0), weights)
+
+    def alignment(self, direction: torch.Tensor) -> torch.Tensor:
+        """Δμ = ⟨direction, g⁺ − g⁻⟩ per prompt [paper A]: [P] float64, NaN where not defined.
+
+        A direction made from the same rollouts (their own gradient step) makes this an overestimate.
+
+        Args:
+            direction: [K], in the coordinates of ``vector``.
+        """
+        if self.vector is None:
+            raise ValueError(f"alignment needs gap vectors, level {self.level!r} has none; use 'hidden' or 'logits'")
+        check.tensor("direction", direction, shape=(self.vector.shape[1],), device=self.vector.device)
+        return self.vector.double() @ direction.double()
+
+    def summary(self) -> dict[str, float]:
+        """Flat metrics for any logger. Synchronises with the device.
+
+        ``rlvr/gap/norm`` is the root of the mean unbiased squared norm over the defined prompts, clipped at 0.
+        """
+        defined, n = self.defined, len(self.prompt_ids)
+        usable = defined & self.norm_sq.isfinite()
+        count = int(usable.sum())
+        rate = self.success_rate
+
+        def mean(values):
+            return float(values[usable].mean()) if count else float("nan")
+
+        def share(mask):
+            return float(mask.double().mean()) if n else float("nan")
+
+        norm_sq = mean(self.norm_sq)
+        stderr = float(self.stderr[usable].square().sum().sqrt() / count) if count else float("nan")
+        result = {
+            "rlvr/gap/norm": max(norm_sq, 0.0) ** 0.5 if count else float("nan"),
+            "rlvr/gap/norm_sq": norm_sq,
+            "rlvr/gap/norm_sq_stderr": stderr,
+            "rlvr/gap/norm_sq_naive": mean(self.norm_sq_naive),
+            "rlvr/gap/energy_pos": _energy(self.moments, 1),
+            "rlvr/gap/energy_neg": _energy(self.moments, 0),
+            "rlvr/signal_to_noise": norm_sq / mean(self.estimate.bias) if count and mean(self.estimate.bias) > 0
+            else float("nan"),
+            "rlvr/group/frac_mixed": share(defined),
+            "rlvr/group/frac_solved": share(rate == 1),
+            "rlvr/group/frac_failed": share(rate == 0),
+            "rlvr/group/frac_pooled": share(self.pooled),
+            "rlvr/group/p_mean": float(rate.mean()) if n else float("nan"),
+        }
+        if self.vector is not None:
+            batch, batch_stderr = (float(value) for value in self.batch_norm_sq())
+            result["rlvr/gap/batch_norm_sq"], result["rlvr/gap/batch_norm_sq_stderr"] = batch, batch_stderr
+        return result
+
+    def __repr__(self) -> str:
+        head = (f"Gap(level={self.level}, length_norm={self.length_norm}, prompts={len(self.prompt_ids)}, "
+                f"defined={int(self.defined.sum())})")
+        lines = [head, f"{'prompt':>12} {'correct':>8} {'wrong':>6} {'norm²':>11} {'± stderr':>10} {'plug-in':>10}"]
+        columns = zip(self.prompt_ids, self.n_correct.tolist(), self.n_incorrect.tolist(), self.norm_sq.tolist(),
+                      self.stderr.tolist(), self.norm_sq_naive.tolist(), strict=True)
+        for row, (identity, right, wrong, norm_sq, stderr, naive) in enumerate(columns):
+            if row == 10:
+                lines.append(f"... {len(self.prompt_ids) - row} more")
+                break
+            lines.append(f"{identity!s:>12.12} {right:8d} {wrong:6d} {norm_sq:11.4g} {stderr:10.3g} {naive:10.4g}")
+        return "\n".join(lines)
+
+
+def _energy(moments: Moments, which: int) -> float:
+    """Mean ‖G_i‖² over the responses of one class."""
+    n, square = moments.count[:, which].sum(), moments.square[:, which].sum()
+    return float(square / n) if n > 0 else float("nan")
+
+
+def _batch_norm_sq(vectors, bias, weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """θ = ‖Σ w ĝ‖² − Σ w² bias with w summing to 1, and its delete-one-prompt jackknife error."""
+    total, used = weights.sum(), (weights != 0).sum()
+    mean = weights @ vectors
+    theta = (mean.square().sum() - (weights.square() * bias).sum()) / total.square()
+    left_total = total - weights
+    left = (mean - weights[:, None] * vectors).square().sum(1)
+    left = (left - (weights.square() * bias).sum() + weights.square() * bias) / left_total.square()
+    centred = torch.where(weights != 0, left, 0.0)
+    centred = torch.where(weights != 0, left - centred.sum() / used, 0.0)
+    variance = centred.square().sum() * (used - 1) / used
+    return theta, torch.where(used >= 2, variance.sqrt(), torch.nan)
+
+
+def gradient_gap(hidden: torch.Tensor, weight: torch.Tensor, rollouts: Rollouts, *, level: str = "hidden",
+                 length_norm: bool = True, bias: torch.Tensor | None = None, temperature: float = 1.0,
+                 softcap: float | None = None, backend: str = "auto") -> Gap:
+    """The gradient gap of every prompt, with error bars.
+
+    Args:
+        hidden: final hidden states at the positions that predict the response tokens: [N, D] in rollout order, or in
+            the layout the rollouts were made from ([B, T, D], or [M, D] packed). float32, bfloat16 or float16.
+        weight: [V, D] lm_head weight, same dtype.
+        rollouts: the responses, their prompts and classes.
+        level: gradients with respect to a bias on the raw head output ("logits", K = V), to a vector added to every
+            hidden state ("hidden", K = D; one N·V·D product in all), or to the lm_head weight itself ("head"; one
+            product more, no vectors).
+        length_norm: divide each response's gradient by its length, as 1/|o| losses do. An empty response has gradient 0.
+        bias, temperature, softcap, backend: as in ``token_stats``. The temperature should be the sampling one.
+
+    Returns:
+        Gap. A prompt with one class only has no gap: NaN, ``defined`` false, and it enters no batch figure.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    check.choice("level", level, LEVELS)
+    if not isinstance(rollouts, Rollouts):
+        raise TypeError(f"rollouts must be rlvr_fast.Rollouts, got {type(rollouts).__name__}")
+    hidden = rollouts.pack(hidden, "hidden").detach()
+    head = Head.checked(hidden, weight.detach() if isinstance(weight, torch.Tensor) else weight, bias, temperature,
+                        softcap)
+    if rollouts.vocabulary_range[1] >= head.vocabulary_size:
+        raise ValueError(f"rollouts must hold tokens below V = {head.vocabulary_size} (the rows of weight), "
+                         f"got {rollouts.vocabulary_range[1]}")
+    check_values(hidden)
+    coefficients = _token_coefficients(rollouts, length_norm)
+    responses = Responses(rollouts.correct, rollouts.prompt_index, rollouts.prompt_ids)
+    with torch.no_grad():
+        if level == "head":
+            token_pass = run_head_pass(hidden, rollouts.tokens, head, backend)
+            spans = [[(rollouts.bounds[i], rollouts.bounds[i + 1]) for i in prompt] for prompt in rollouts.members]
+            gram = backends.select("head_gram", backend, hidden.device)
+            grams = tuple(gram(hidden, rollouts.tokens, head, token_pass, coefficients, spans))
+            moments = Moments.from_gram(responses, rollouts.members, grams)
+            return Gap(level, length_norm, estimate_gap(moments), moments, grams, TokenStats.from_pass(token_pass))
+        token_pass, vectors = _vectors(hidden, head, rollouts, coefficients, level, backend)
+        gradients = ResponseGradients(responses, vectors)
+        return gap_from_gradients(gradients, level=level, length_norm=length_norm, members=rollouts.members,
+                                  stats=TokenStats.from_pass(token_pass))
+
+
+def gap_from_gradients(gradients: ResponseGradients, *, level: str, length_norm: bool,
+                       members: tuple[tuple[int, ...], ...] | None = None, stats: TokenStats | None = None) -> Gap:
+    """The gap of response gradients that were added or merged by the caller (micro-batches, ranks, shards).
+
+    Args:
+        gradients: [R, K] with their responses. level, length_norm: how they were made; recorded in the result.
+        members: per prompt its responses, if known on the host already. stats: passed through.
+    """
+    if members is None:
+        index = gradients.responses.prompt_index.tolist()
+        groups = [[] for _ in gradients.responses.prompt_ids]
+        for response, prompt in enumerate(index):
+            groups[prompt].append(response)
+        members = tuple(map(tuple, groups))
+    moments, means = gradients.moments(), gradients.class_means()
+    return Gap(level, length_norm, estimate_gap(moments), moments, gradients.grams(members), stats, gradients,
+               correct_mean=means[:, 1], incorrect_mean=means[:, 0])
+
+
+def _token_coefficients(rollouts: Rollouts, length_norm: bool) -> torch.Tensor:
+    """[N] float32: 1/|o_i| or 1."""
+    if not length_norm:
+        return torch.ones(rollouts.n_tokens, device=rollouts.device)
+    return (1.0 / rollouts.lengths.clamp(min=1)).float()[rollouts.response_index]
+
+
+def _vectors(hidden, head, rollouts, coefficients, level, backend) -> tuple[TokenPass, torch.Tensor]:
+    """Response gradients [R, K]: score sums, for "hidden" carried through the lm_head a block of responses at a time."""
+    run = backends.select("head_pass_with_sums", backend, hidden.device)
+    n_responses, vocabulary = rollouts.n_responses, head.vocabulary_size
+    block = max(1, n_responses if level == "logits" else SUM_BYTES // (4 * vocabulary))
+    passes, vectors = [], []
+    for start in range(0, n_responses, block):
+        stop = min(start + block, n_responses)
+        rows = slice(rollouts.bounds[start], rollouts.bounds[stop])
+        spans = rollouts.cu_seqlens[start:stop + 1] - rollouts.bounds[start]
+        token_pass, sums = run(hidden[rows], rollouts.tokens[rows], head, coefficients[rows], spans)
+        passes.append(check_pass(token_pass, rollouts.tokens[rows]))
+        vectors.append(sums if level == "logits" else _through_head(sums, head.weight))
+    if not passes:
+        empty = hidden.new_empty(0, dtype=torch.float32)
+        width = vocabulary if level == "logits" else head.hidden_size
+        return TokenPass(*[empty] * len(TokenPass._fields)), empty.new_empty(0, width)
+    return TokenPass(*map(torch.cat, zip(*passes, strict=True))), torch.cat(vectors)
+
+
+def _through_head(sums: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """sums @ weight in float32; a half-precision weight is widened a few rows at a time."""
+    if weight.dtype == torch.float32:
+        return sums @ weight
+    result = sums.new_zeros(sums.shape[0], weight.shape[1])
+    for start in range(0, weight.shape[0], 8192):
+        result.addmm_(sums[:, start:start + 8192], weight[start:start + 8192].float())
+    return result

@@ -1,0 +1,148 @@
+"""Per-token log-prob, entropy and score norm out of hidden states and an lm_head: the head pass as a function.
+
+``token_stats`` measures; ``linear_logprob`` is the same pass as a differentiable operator for a training loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rlvr_fast import _validate as check
+from rlvr_fast import backends
+from rlvr_fast.backends import TokenPass
+from rlvr_fast.head import Head, check_tokens, check_values
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenStats:
+    """Statistics of the sampled tokens' distributions, each [N] float32; None where the caller's inputs cannot tell.
+
+    Attributes:
+        logp: log p_y, at most 0.
+        lse: log Σ_v exp z_v of the logits that enter the softmax.
+        entropy: -Σ p log p, in nats.
+        sum_p_sq: Σ_v p_v², the collision probability.
+        score_sq: ‖∂logp/∂raw‖² for the raw head output, (Σ_{v≠y} p_v)² + Σ_{v≠y} p_v² at temperature 1.
+        hidden_grad: [N, D] ∂logp/∂hidden, where asked for.
+    """
+
+    logp: torch.Tensor
+    lse: torch.Tensor | None
+    entropy: torch.Tensor | None
+    sum_p_sq: torch.Tensor
+    score_sq: torch.Tensor
+    hidden_grad: torch.Tensor | None = None
+
+    @classmethod
+    def from_pass(cls, token_pass: TokenPass, hidden_grad: torch.Tensor | None = None) -> TokenStats:
+        """The public view of what a backend returned."""
+        return cls(token_pass.logp, token_pass.lse, token_pass.entropy, token_pass.sum_p_sq, token_pass.score_sq,
+                   hidden_grad)
+
+    def __repr__(self) -> str:
+        def mean(values):
+            return "n/a" if values is None or values.numel() == 0 else f"{values.mean().item():.4g}"
+
+        return (f"TokenStats(tokens={self.logp.numel()}; means: logp={mean(self.logp)}, "
+                f"entropy={mean(self.entropy)}, sum_p_sq={mean(self.sum_p_sq)}, score_sq={mean(self.score_sq)}; "
+                f"device={self.logp.device})")
+
+
+def token_stats(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, *, bias: torch.Tensor | None = None,
+                temperature: float = 1.0, softcap: float | None = None, hidden_grad: bool = False,
+                backend: str = "auto") -> TokenStats:
+    """Statistics of sampled tokens in one pass over the vocabulary, without an [N, V] buffer.
+
+    Args:
+        hidden: [N, D] final hidden states at the positions that predict ``tokens``; float32, bfloat16 or float16.
+        weight: [V, D] lm_head weight, same dtype.
+        tokens: [N] integer ids of the sampled tokens, in [0, V).
+        bias: [V] or None.
+        temperature: divides the logits.
+        softcap: z = softcap·tanh(raw/softcap) before the temperature, or None.
+        hidden_grad: also return ∂logp/∂hidden, at the price of a second N·V·D product.
+        backend: "auto", "torch", "native" or "triton".
+
+    Returns:
+        TokenStats; accumulated in float32 or better whatever the dtype of the inputs.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    head = Head.checked(hidden, weight, bias, temperature, softcap)
+    tokens = check_tokens(tokens, hidden.shape[0], head.vocabulary_size, hidden.device)
+    check_values(hidden)
+    token_pass = run_head_pass(hidden, tokens, head, backend)
+    gradient = None
+    if hidden_grad:
+        gradient = backends.select("hidden_gradient", backend, hidden.device)(hidden, tokens, head, token_pass)
+    return TokenStats.from_pass(token_pass, gradient)
+
+
+def run_head_pass(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, backend: str) -> TokenPass:
+    """The head pass of validated inputs, its results checked for NaN on the CPU."""
+    with torch.no_grad():
+        return check_pass(backends.select("head_pass", backend, hidden.device)(hidden, tokens, head), tokens)
+
+
+def check_pass(token_pass: TokenPass, tokens: torch.Tensor) -> TokenPass:
+    """Raise if a CPU pass is not finite: the head holds NaN or infinity, or a sampled token has probability zero."""
+    if token_pass.logp.device.type == "cpu":
+        bad = ~(torch.isfinite(token_pass.logp) & torch.isfinite(token_pass.lse))
+        if bad.any():
+            where = int(bad.nonzero()[0])
+            raise ValueError(f"weight and bias must give finite logits and every sampled token a probability above 0, "
+                             f"got logp {token_pass.logp[where].item()} with lse {token_pass.lse[where].item()} "
+                             f"for token {int(tokens[where])} at position {where}")
+    return token_pass
+
+
+def token_stats_from_logits(logits: torch.Tensor, tokens: torch.Tensor, *, temperature: float = 1.0) -> TokenStats:
+    """The same statistics for a caller that holds the logits.
+
+    Args:
+        logits: [N, V] raw head output, float. Entries of minus infinity are outside the vocabulary.
+        tokens: [N] integer ids in [0, V).
+        temperature: divides the logits.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    check.tensor("logits", logits, ndim=2, dtypes=check.FLOAT_DTYPES)
+    if logits.shape[1] == 0:
+        raise ValueError(f"logits must be [N, V] with V >= 1, got {check.describe(logits)}")
+    tokens = check_tokens(tokens, logits.shape[0], logits.shape[1], logits.device)
+    temperature = check.positive("temperature", temperature)
+    from rlvr_fast.backends import torch_backend
+
+    with torch.no_grad():
+        return TokenStats.from_pass(check_pass(torch_backend.logits_pass(logits, tokens, temperature), tokens))
+
+
+def token_stats_from_logprobs(logp: torch.Tensor, sum_p_sq: torch.Tensor) -> TokenStats:
+    """What follows from a framework's own (log p_y, Σ p²): the score norm 1 − 2 p_y + Σ p², at temperature 1.
+
+    Written as (1 − p_y)² + (Σp² − p_y²) with 1 − p_y = −expm1(logp). The second term is a difference of the caller's
+    numbers: for p_y → 1 it has no more digits than they leave.
+
+    Args:
+        logp: [N] float log-probs, at most 0.
+        sum_p_sq: [N] float, in (0, 1].
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    dtypes = (*check.FLOAT_DTYPES, torch.float64)
+    check.tensor("logp", logp, ndim=1, dtypes=dtypes)
+    check.tensor("sum_p_sq", sum_p_sq, shape=tuple(logp.shape), dtypes=dtypes, device=logp.device)
+    if logp.device.type == "cpu":
+        for name, values, good in (("logp", logp, logp <= 0), ("sum_p_sq", sum_p_sq, (sum_p_sq > 0) & (sum_p_sq <= 1))):
+            if not good.all():
+                where = int((~good).nonzero()[0])
+                wanted = "at most 0" if name == "logp" else "in (0, 1]"
+                raise ValueError(f"{name} must be {wanted}, got {values[where].item()} at position {where}")
+    logp64, square = logp.detach().double(), sum_p_sq.detach().double()
+    score_sq = torch.expm1(logp64).square() + (square - torch.exp(2 * logp64)).clamp(min=0.0)
+    return TokenStats(logp.detach().float(), None, None, sum_p_sq.detach().float(), score_sq.float())
