@@ -1,4 +1,4 @@
-"""Gradient analysis for reinforcement learning with verifiable rewards: gradient gap, alignment, step-size thresholds."""
+"""Gradient analysis for reinforcement learning with verifiable rewards: gradient gap, alignment, step thresholds."""
 
 from rlvr_fast.advantages import advantages, loss_weights
 from rlvr_fast.backends import available as available_backends

@@ -82,7 +82,7 @@ class Gap:
             ValueError: at level "head", which keeps no vectors.
         """
         if self.vector is None:
-            raise ValueError(f"batch_norm_sq needs gap vectors, level {self.level!r} has none; use 'hidden' or 'logits'")
+            raise ValueError(f"batch_norm_sq needs gap vectors, level {self.level!r} has none")
         usable = self.defined & self.norm_sq.isfinite()
         if weights is None:
             weights = usable.double()
@@ -101,7 +101,7 @@ class Gap:
             direction: [K], in the coordinates of ``vector``.
         """
         if self.vector is None:
-            raise ValueError(f"alignment needs gap vectors, level {self.level!r} has none; use 'hidden' or 'logits'")
+            raise ValueError(f"alignment needs gap vectors, level {self.level!r} has none")
         check.tensor("direction", direction, shape=(self.vector.shape[1],), device=self.vector.device)
         return self.vector.double() @ direction.double()
 
@@ -190,7 +190,7 @@ def gradient_gap(hidden: torch.Tensor, weight: torch.Tensor, rollouts: Rollouts,
         level: gradients with respect to a bias on the raw head output ("logits", K = V), to a vector added to every
             hidden state ("hidden", K = D; one N·V·D product in all), or to the lm_head weight itself ("head"; one
             product more, no vectors).
-        length_norm: divide each response's gradient by its length, as 1/|o| losses do. An empty response has gradient 0.
+        length_norm: divide each response's gradient by its length, as 1/|o| losses do. Empty responses have gradient 0.
         bias, temperature, softcap, backend: as in ``token_stats``. The temperature should be the sampling one.
 
     Returns:
@@ -252,7 +252,7 @@ def _token_coefficients(rollouts: Rollouts, length_norm: bool) -> torch.Tensor:
 
 
 def _vectors(hidden, head, rollouts, coefficients, level, backend) -> tuple[TokenPass, torch.Tensor]:
-    """Response gradients [R, K]: score sums, for "hidden" carried through the lm_head a block of responses at a time."""
+    """Response gradients [R, K]: score sums, for "hidden" taken through the lm_head a block of responses at a time."""
     run = backends.select("head_pass_with_sums", backend, hidden.device)
     n_responses, vocabulary = rollouts.n_responses, head.vocabulary_size
     block = max(1, n_responses if level == "logits" else SUM_BYTES // (4 * vocabulary))

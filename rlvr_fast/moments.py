@@ -64,7 +64,8 @@ class Responses:
         index = []
         for part in parts:
             renumbered = [numbers.setdefault(identity, len(numbers)) for identity in part.prompt_ids]
-            index.append(torch.tensor(renumbered, device=part.prompt_index.device, dtype=torch.int64)[part.prompt_index])
+            lookup = torch.tensor(renumbered, device=part.prompt_index.device, dtype=torch.int64)
+            index.append(lookup[part.prompt_index])
         return cls(torch.cat([part.correct for part in parts]), torch.cat(index), tuple(numbers))
 
 
@@ -83,7 +84,8 @@ class Moments:
     dot_class: torch.Tensor
 
     @classmethod
-    def from_gram(cls, responses: Responses, members: Sequence[Sequence[int]], grams: Sequence[torch.Tensor]) -> Moments:
+    def from_gram(cls, responses: Responses, members: Sequence[Sequence[int]],
+                  grams: Sequence[torch.Tensor]) -> Moments:
         """From one Gram matrix [n, n] per prompt, rows and columns in the order of ``members``."""
         n_responses = responses.correct.numel()
         sq = torch.zeros(n_responses, dtype=torch.float64, device=responses.correct.device)
@@ -167,7 +169,7 @@ class ResponseGradients:
         return cls(Responses.merge([part.responses for part in parts]), torch.cat([part.vectors for part in parts]))
 
     def class_means(self) -> torch.Tensor:
-        """[P, 2, K] float32: the mean gradient of the incorrect and of the correct responses; NaN for an empty class."""
+        """[P, 2, K] float32: mean gradient of the incorrect and of the correct responses; NaN for an empty class."""
         count = self.responses.class_sum(torch.ones_like(self.vectors[:, 0]))
         return self.responses.class_sum(self.vectors) / torch.where(count > 0, count, torch.nan)[..., None]
 

@@ -11,6 +11,7 @@ G_i the gradient of one response's log-probability, + / - the classes of correct
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -106,8 +107,7 @@ def token_coefficients(lengths: Sequence[int], length_norm: bool):
 
 def response_gradients_logits(token_scores, coefficients, cu_seqlens):
     """G_i = Σ_{t∈i} c_t ∂ log p_t / ∂ raw, the gradient for a bias on the raw head output: [R, V]."""
-    spans = zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)
-    return torch.stack([(coefficients[a:b, None] * token_scores[a:b]).sum(0) for a, b in spans])
+    return torch.stack([(coefficients[a:b, None] * token_scores[a:b]).sum(0) for a, b in pairwise(cu_seqlens)])
 
 
 def response_gradients_hidden(token_scores, weight, coefficients, cu_seqlens):
@@ -117,12 +117,11 @@ def response_gradients_hidden(token_scores, weight, coefficients, cu_seqlens):
 
 def response_gradients_head(token_scores, hidden, coefficients, cu_seqlens):
     """G_i = Σ_{t∈i} c_t (∂ log p_t / ∂ raw) h_tᵀ, the gradient for the lm_head weight, flattened: [R, V·D]."""
-    spans = zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)
     scaled = coefficients[:, None] * token_scores
-    return torch.stack([(scaled[a:b].T @ hidden[a:b].double()).flatten() for a, b in spans])
+    return torch.stack([(scaled[a:b].T @ hidden[a:b].double()).flatten() for a, b in pairwise(cu_seqlens)])
 
 
-# -- one prompt: class moments and the gap ------------------------------------------------------------------------------
+# -- one prompt: class moments and the gap -----------------------------------------------------------------------------
 
 
 def class_sum(gradients):
@@ -152,7 +151,10 @@ def gap_norm_sq_naive(correct, incorrect):
 
 
 def gap_norm_sq(correct, incorrect):
-    """(‖S₊‖²-Q₊)/(n₊(n₊-1)) + (‖S₋‖²-Q₋)/(n₋(n₋-1)) - 2⟨S₊,S₋⟩/(n₊n₋): unbiased, the linear-kernel MMD² U-statistic."""
+    """(‖S₊‖²-Q₊)/(n₊(n₊-1)) + (‖S₋‖²-Q₋)/(n₋(n₋-1)) - 2⟨S₊,S₋⟩/(n₊n₋).
+
+    Unbiased: the linear-kernel MMD² U-statistic.
+    """
 
     def pairs(gradients):
         n = len(gradients)
@@ -199,7 +201,7 @@ def gap_stderr(correct, incorrect):
     return variance.sqrt()
 
 
-# -- the batch ----------------------------------------------------------------------------------------------------------
+# -- the batch ---------------------------------------------------------------------------------------------------------
 
 
 def batch_gap_norm_sq(vectors, naive, unbiased, weights):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Rollouts:
         correct: [R] bool, the verdict that splits a prompt's responses into its two classes.
         prompt_index: [R] int64 in [0, P), prompts numbered in order of first appearance.
         prompt_ids: the P distinct prompt ids as given, in that order.
-        vocabulary_range: (smallest, largest) token id; (0, -1) when there are no tokens. On the host, like the next two.
+        vocabulary_range: (smallest, largest) token id, (0, -1) without tokens. On the host, like the next two.
         bounds: ``cu_seqlens`` as R+1 Python ints.
         members: per prompt the tuple of its responses.
     """
@@ -105,7 +106,7 @@ class Rollouts:
         if not bounds or bounds[0] != 0 or bounds[-1] != tokens.numel():
             ends = f"{bounds[0]} to {bounds[-1]}" if bounds else "nothing"
             raise ValueError(f"cu_seqlens must run from 0 to len(tokens) = {tokens.numel()}, got {ends}")
-        if any(later < earlier for earlier, later in zip(bounds, bounds[1:], strict=False)):
+        if any(later < earlier for earlier, later in pairwise(bounds)):
             raise ValueError(f"cu_seqlens must never decrease, got {check.describe(bounds)}")
         valid = tokens != IGNORED_LABEL
         running = torch.cat([valid.new_zeros(1, dtype=torch.int64), valid.cumsum(0)])

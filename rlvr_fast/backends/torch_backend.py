@@ -7,6 +7,7 @@ sampled token is put back at the end in float64 (see ``TokenPass``).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 
@@ -270,6 +271,6 @@ def _gram_of_tiles(hidden, tokens, head, lse, off_mass, coefficients, bounds) ->
     for columns in _slices(head.vocabulary_size, width):
         scores = _scores(hidden, tokens, head, columns, lse, off_mass) * coefficients[:, None]
         tiles = torch.stack([(scores[a:b].T @ rows[a:b]).flatten()
-                             for a, b in zip(bounds[:-1], bounds[1:], strict=True)])
+                             for a, b in pairwise(bounds)])
         gram += tiles @ tiles.T
     return gram

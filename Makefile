@@ -1,0 +1,35 @@
+# Every target sets up what it needs in .venv on a fresh machine: Python >= 3.11, make, and for the native backend a
+# C++ compiler. Versions are pinned in constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*)
+
+# One stamp per extra: reinstalls when the metadata, the pins or the native sources change.
+$(VENV)/.%: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	touch $@
+
+.PHONY: demo demo-smollm2 test bench kernels lint clean
+
+demo: $(VENV)/.demo  ## GRPO on arithmetic at a safe and at an unsafe learning rate, the gap and the threshold live
+	$(BIN)/python examples/grpo_arithmetic.py --output outputs/demo
+
+demo-smollm2: $(VENV)/.smollm2  ## the same measurements inside GRPO on the pretrained SmolLM2-135M
+	$(BIN)/python examples/grpo_smollm2.py --output outputs/smollm2
+
+test: $(VENV)/.test  ## the whole test suite, Triton kernels in the interpreter
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.bench  ## CPU microbenchmarks beside torch eager, torch.compile and TRL; prints a table, writes CSV
+	$(BIN)/python bench/run.py --output bench/results
+
+kernels: $(VENV)/.test  ## compile every Triton kernel ahead of time for four GPU targets; fails on spills
+	$(BIN)/python bench/compile_kernels.py
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build dist outputs *.egg-info rlvr_fast/_native*.so

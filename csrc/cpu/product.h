@@ -1,0 +1,94 @@
+// The product's register tile: RLVR_ROWS vocabulary entries x 2 vectors of tokens.
+//
+// Weight entries are broadcast straight from the row-major lm_head, nothing of it is repacked; the tokens' hidden states
+// are packed lane-wise once per tile of the grid.
+#pragma once
+
+#include "head_pass.h"
+#include "lanes.h"
+
+namespace {
+
+constexpr int ROWS = RLVR_ROWS;
+constexpr int BLOCK = 2 * LANES;  // tokens per register tile
+
+inline float to_float(const float* p) { return *p; }
+
+struct BFloat16 { uint16_t bits; };
+inline float to_float(const BFloat16* p) {
+    const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
+    float x; std::memcpy(&x, &bits, 4); return x;
+}
+
+struct Float16 { uint16_t bits; };
+inline float to_float(const Float16* p) {
+    const uint32_t h = p->bits, magnitude = (h & 0x7fffu) << 13;
+    float x; std::memcpy(&x, &magnitude, 4);
+    x *= 5.192296858534828e33f;  // 2^112 moves the exponent bias, and makes subnormals normal
+    uint32_t bits; std::memcpy(&bits, &x, 4);
+    bits |= (h & 0x8000u) << 16 | ((h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u);
+    std::memcpy(&x, &bits, 4); return x;
+}
+
+struct Aligned {
+    explicit Aligned(int64_t count)
+        : data(static_cast<float*>(std::aligned_alloc(64, (static_cast<size_t>(count) * 4 + 127) / 64 * 64))) {
+        if (!data) throw std::bad_alloc();
+    }
+    ~Aligned() { std::free(data); }
+    Aligned(const Aligned&) = delete;
+    Aligned& operator=(const Aligned&) = delete;
+    float* data;
+};
+
+// hidden[first : first + count] -> packed[block][k][BLOCK], zero beyond the last token.
+template <class T>
+void pack_hidden(const T* hidden, int64_t width, int64_t first, int64_t count, int64_t n_blocks, float* packed) {
+    for (int64_t block = 0; block < n_blocks; ++block) {
+        float* target = packed + block * width * BLOCK;
+        for (int64_t k0 = 0; k0 < width; k0 += 16) {  // 16 columns at a time keep the written lines in L1
+            const int64_t k1 = k0 + 16 < width ? k0 + 16 : width;
+            for (int lane = 0; lane < BLOCK; ++lane) {
+                const int64_t row = block * BLOCK + lane;
+                const T* source = hidden + (first + row) * width;
+                for (int64_t k = k0; k < k1; ++k) target[k * BLOCK + lane] = row < count ? to_float(source + k) : 0.0f;
+            }
+        }
+    }
+}
+
+// ROWS rows of the lm_head as fp32: the rows themselves where that is what they are, else a converted copy.
+template <class T>
+const float* weight_rows(const T* weight, int64_t width, int64_t first, int64_t count, float* scratch) {
+    const T* source = weight + first * width;
+    if (sizeof(T) == 4 && count == ROWS) return reinterpret_cast<const float*>(source);
+    for (int64_t i = 0; i < count * width; ++i) scratch[i] = to_float(source + i);
+    std::memset(scratch + count * width, 0, static_cast<size_t>((ROWS - count) * width) * 4);
+    return scratch;
+}
+
+// tile[ROWS][BLOCK] (+)= weight rows . packed hidden states over `depth` columns.
+template <bool ACCUMULATE>
+__attribute__((noinline)) void multiply(const float* __restrict packed, const float* __restrict weight,
+                                        int64_t weight_stride, int64_t depth, float* __restrict tile) {
+    Vec sum[ROWS][2];
+    for (int i = 0; i < ROWS; ++i) {
+        sum[i][0] = ACCUMULATE ? load(tile + i * BLOCK) : Vec{};
+        sum[i][1] = ACCUMULATE ? load(tile + i * BLOCK + LANES) : Vec{};
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+        const Vec left = load(packed + k * BLOCK), right = load(packed + k * BLOCK + LANES);
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; ++i) {
+            const Vec w = splat(weight[i * weight_stride + k]);
+            sum[i][0] += left * w;
+            sum[i][1] += right * w;
+        }
+    }
+    for (int i = 0; i < ROWS; ++i) {
+        store(tile + i * BLOCK, sum[i][0]);
+        store(tile + i * BLOCK + LANES, sum[i][1]);
+    }
+}
+
+}  // namespace
