@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -217,30 +218,28 @@ def gradient_gap(hidden: torch.Tensor, weight: torch.Tensor, rollouts: Rollouts,
             spans = [[(rollouts.bounds[i], rollouts.bounds[i + 1]) for i in prompt] for prompt in rollouts.members]
             gram = backends.select("head_gram", backend, hidden.device)
             grams = tuple(gram(hidden, rollouts.tokens, head, token_pass, coefficients, spans))
-            moments = Moments.from_gram(responses, rollouts.members, grams)
+            moments = Moments.from_gram(responses, grams)
             return Gap(level, length_norm, estimate_gap(moments), moments, grams, TokenStats.from_pass(token_pass))
         token_pass, vectors = _vectors(hidden, head, rollouts, coefficients, level, backend)
         gradients = ResponseGradients(responses, vectors)
-        return gap_from_gradients(gradients, level=level, length_norm=length_norm, members=rollouts.members,
+        sizes = [len(prompt) for prompt in rollouts.members]
+        return gap_from_gradients(gradients, level=level, length_norm=length_norm, sizes=sizes,
                                   stats=TokenStats.from_pass(token_pass))
 
 
 def gap_from_gradients(gradients: ResponseGradients, *, level: str, length_norm: bool,
-                       members: tuple[tuple[int, ...], ...] | None = None, stats: TokenStats | None = None) -> Gap:
+                       sizes: Sequence[int] | None = None, stats: TokenStats | None = None) -> Gap:
     """The gap of response gradients that were added or merged by the caller (micro-batches, ranks, shards).
 
     Args:
         gradients: [R, K] with their responses. level, length_norm: how they were made; recorded in the result.
-        members: per prompt its responses, if known on the host already. stats: passed through.
+        sizes: number of responses of each prompt, if the host knows it; asking the device synchronises.
+        stats: passed through.
     """
-    if members is None:
-        index = gradients.responses.prompt_index.tolist()
-        groups = [[] for _ in gradients.responses.prompt_ids]
-        for response, prompt in enumerate(index):
-            groups[prompt].append(response)
-        members = tuple(map(tuple, groups))
+    if sizes is None:
+        sizes = gradients.responses.prompt_index.bincount(minlength=gradients.responses.n_prompts).tolist()
     moments, means = gradients.moments(), gradients.class_means()
-    return Gap(level, length_norm, estimate_gap(moments), moments, gradients.grams(members), stats, gradients,
+    return Gap(level, length_norm, estimate_gap(moments), moments, gradients.grams(sizes), stats, gradients,
                correct_mean=means[:, 1], incorrect_mean=means[:, 0])
 
 

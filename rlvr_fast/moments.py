@@ -15,7 +15,7 @@ There are two ways to add, one on each side of the square:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,6 +47,13 @@ class Responses:
     def cell(self) -> torch.Tensor:
         """[R] int64: the (prompt, class) cell of each response, ``2 * prompt + correct``."""
         return 2 * self.prompt_index + self.correct.long()
+
+    def by_prompt(self, sizes: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Per prompt the indices of its responses, in rollout order; ``sizes`` are the host's counts of them."""
+        if len(sizes) != self.n_prompts or sum(sizes) != self.correct.numel():
+            raise ValueError(f"sizes must count the {self.correct.numel()} responses of each of {self.n_prompts} "
+                             f"prompts, got {len(sizes)} numbers that add up to {sum(sizes)}")
+        return iter(torch.argsort(self.prompt_index, stable=True).split(list(sizes)))
 
     def class_sum(self, values: torch.Tensor) -> torch.Tensor:
         """Σ over the responses of each prompt and class: [R, ...] -> [P, 2, ...]; class 0 incorrect, 1 correct."""
@@ -84,14 +91,12 @@ class Moments:
     dot_class: torch.Tensor
 
     @classmethod
-    def from_gram(cls, responses: Responses, members: Sequence[Sequence[int]],
-                  grams: Sequence[torch.Tensor]) -> Moments:
-        """From one Gram matrix [n, n] per prompt, rows and columns in the order of ``members``."""
+    def from_gram(cls, responses: Responses, grams: Sequence[torch.Tensor]) -> Moments:
+        """From one Gram matrix [n, n] per prompt, rows and columns in rollout order."""
         n_responses = responses.correct.numel()
         sq = torch.zeros(n_responses, dtype=torch.float64, device=responses.correct.device)
         dot_class = torch.zeros(n_responses, 2, dtype=torch.float64, device=responses.correct.device)
-        for prompt, gram in zip(members, grams, strict=True):
-            index = torch.tensor(prompt, device=sq.device)
+        for index, gram in zip(responses.by_prompt([len(gram) for gram in grams]), grams, strict=True):
             is_correct = responses.correct[index].double()
             sq[index] = gram.diagonal()
             dot_class[index] = gram @ torch.stack([1.0 - is_correct, is_correct], 1)
@@ -186,15 +191,12 @@ class ResponseGradients:
                 dot_class[:, which] += (part * sums[self.responses.prompt_index, which]).sum(1)
         return Moments(self.responses, sq, dot_class)
 
-    def grams(self, members: Sequence[Sequence[int]]) -> tuple[torch.Tensor, ...]:
-        """Per prompt ⟨G_i, G_j⟩ over its responses: [n, n] float64 each."""
-        named = sum(map(len, members))
-        if named != self.vectors.shape[0]:
-            raise ValueError(f"members must name all {self.vectors.shape[0]} responses, got {named}")
+    def grams(self, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """Per prompt ⟨G_i, G_j⟩ over its responses: [n, n] float64 each; ``sizes`` are the host's counts of them."""
         grams = []
-        for prompt in members:
-            own = self.vectors[list(prompt)]
-            gram = torch.zeros(len(prompt), len(prompt), dtype=torch.float64, device=own.device)
+        for index in self.responses.by_prompt(sizes):
+            own = self.vectors[index]
+            gram = torch.zeros(len(index), len(index), dtype=torch.float64, device=own.device)
             for start in range(0, own.shape[1], GRAM_COLUMNS):
                 part = own[:, start:start + GRAM_COLUMNS].double()
                 gram += part @ part.T
