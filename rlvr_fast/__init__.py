@@ -1,11 +1,15 @@
 """Gradient analysis for reinforcement learning with verifiable rewards: gradient gap, alignment, step thresholds."""
 
-from rlvr_fast.advantages import advantages, loss_weights
+from rlvr_fast.advantages import advantages, advantages_and_weights, loss_weights
 from rlvr_fast.backends import available as available_backends
 from rlvr_fast.gap import Gap, gap_from_gradients, gradient_gap
+from rlvr_fast.kappa import kappa, population_kappa, recover_from_advantages
 from rlvr_fast.linear_logprob import linear_logprob
 from rlvr_fast.moments import Moments, ResponseGradients, Responses
 from rlvr_fast.rollouts import Rollouts
+from rlvr_fast.step_bounds import theorem_step_bound, token_step_bound
+from rlvr_fast.step_scan import StepCurve, scan_step
+from rlvr_fast.step_size import StepMeasure, measure_step
 from rlvr_fast.token_stats import TokenStats, token_stats, token_stats_from_logits, token_stats_from_logprobs
 
 __all__ = [
@@ -14,15 +18,25 @@ __all__ = [
     "ResponseGradients",
     "Responses",
     "Rollouts",
+    "StepCurve",
+    "StepMeasure",
     "TokenStats",
     "advantages",
+    "advantages_and_weights",
     "available_backends",
     "gap_from_gradients",
     "gradient_gap",
+    "kappa",
     "linear_logprob",
     "loss_weights",
+    "measure_step",
+    "population_kappa",
+    "recover_from_advantages",
+    "scan_step",
+    "theorem_step_bound",
     "token_stats",
     "token_stats_from_logits",
     "token_stats_from_logprobs",
+    "token_step_bound",
 ]
 __version__ = "0.1.0"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 
 from rlvr_fast import _validate as check
+from rlvr_fast import backends
 from rlvr_fast.rollouts import Rollouts
 from rlvr_fast.segments import segment_sum
 
@@ -20,12 +20,10 @@ def log_ratios(before: torch.Tensor, after: torch.Tensor, reverse: torch.Tensor 
     """[R, 2] float64: per response Σ_t(after − before) and Σ_t(reverse − before), 0 where ``reverse`` is None."""
     if not isinstance(rollouts, Rollouts):
         raise TypeError(f"rollouts must be Rollouts, got {check.describe(rollouts)}")
-    check.choice("backend", backend, ("auto", "torch", "native", "triton"))
+    backend = backends.resolve(backend, rollouts.device)
     before = _log_probs("logp_before", before, rollouts)
     after = _log_probs("logp_after", after, rollouts)
     reverse = None if reverse is None else _log_probs("logp_reverse", reverse, rollouts)
-    if backend == "auto":
-        backend = "triton" if rollouts.device.type == "cuda" else "torch"
     if backend == "triton":
         return _triton_sums(before, after, reverse, rollouts.cu_seqlens)
     forward = _torch_sums(before, after, rollouts.lengths)
@@ -51,9 +49,6 @@ def _torch_sums(before: torch.Tensor, after: torch.Tensor, lengths: torch.Tensor
 
 def _triton_sums(before: torch.Tensor, after: torch.Tensor, reverse: torch.Tensor | None,
                  cu_seqlens: torch.Tensor) -> torch.Tensor:
-    if before.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("backend 'triton' needs tensors on a GPU, got CPU tensors; on the CPU use 'torch', or set "
-                         "TRITON_INTERPRET=1 before triton is imported to run the kernel in its interpreter")
     from rlvr_fast.kernels.log_ratio_moments import log_ratio_sums  # triton is not installed everywhere
     reverse = None if reverse is None else reverse.contiguous()
     return log_ratio_sums(before.contiguous(), after.contiguous(), reverse, cu_seqlens.contiguous())

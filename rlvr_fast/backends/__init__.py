@@ -23,7 +23,7 @@ from rlvr_fast.backends.base import TokenPass
 NAMES = ("torch", "native", "triton")
 CHOICES = ("auto", *NAMES)
 
-__all__ = ["CHOICES", "NAMES", "TokenPass", "available", "select"]
+__all__ = ["CHOICES", "NAMES", "TokenPass", "available", "resolve", "select"]
 
 
 def _module(name: str) -> ModuleType:
@@ -35,20 +35,25 @@ def available(device: torch.device | str = "cpu") -> dict[str, str | None]:
     return {name: _module(name).unavailable(torch.device(device)) for name in NAMES}
 
 
-def select(operation: str, backend: str, device: torch.device) -> Callable:
-    """The function that serves ``operation`` on ``device``.
+def resolve(backend: str, device: torch.device) -> str:
+    """The name of the backend that serves tensors on ``device``.
 
-    ``"auto"`` takes the fastest backend that can run: triton on a GPU, native on a CPU, else torch.
+    ``"auto"`` takes the fastest that can run: triton on a GPU, native on a CPU, else torch.
 
     Raises:
-        ValueError: an unknown backend, or one that cannot run here, with the reason.
+        ValueError, TypeError: an unknown backend, or one that cannot run here, with the reason.
     """
     check.choice("backend", backend, CHOICES)
     if backend == "auto":
-        preferred = "triton" if device.type == "cuda" else "native" if device.type == "cpu" else "torch"
-        backend = preferred if _module(preferred).unavailable(device) is None else "torch"
-    module = _module(backend)
-    reason = module.unavailable(device)
+        preferred = {"cuda": "triton", "cpu": "native"}.get(device.type, "torch")
+        return preferred if _module(preferred).unavailable(device) is None else "torch"
+    reason = _module(backend).unavailable(device)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot run: {reason}")
-    return getattr(module, operation, None) or getattr(_module("torch"), operation)
+    return backend
+
+
+def select(operation: str, backend: str, device: torch.device) -> Callable:
+    """The function that serves ``operation`` on ``device``; torch's where the backend leaves it out."""
+    name = resolve(backend, device)
+    return getattr(_module(name), operation, None) or getattr(_module("torch"), operation)
