@@ -1,4 +1,4 @@
-"""What a user installs: the sdist is complete enough to build the wheel from, and the wheel works without the checkout."""
+"""What a user installs: the sdist suffices to build the wheel, and the wheel works without the checkout."""
 
 from __future__ import annotations
 
