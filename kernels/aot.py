@@ -36,15 +36,15 @@ def head_specializations(name: str, kernel, pointers: dict[str, str | None], int
             base = {pointer: kind or f"*{dtype}" for pointer, kind in pointers.items()}
             base |= dict.fromkeys(integers, "i32") | {"logit_scale": "fp32"}
             for suffix, types in variants:
-                for extra, loads, options in _heads(dtype, tile.descriptors):
-                    kinds = base | _operand_types(dtype, tile, loads) | options | types
+                for extra, shape, loads, options in _heads(dtype, tile):
+                    kinds = base | _operand_types(dtype, shape, loads) | options | types
                     entries.append({
                         "name": f"{name} {dtype}{suffix}{extra}", "fn": kernel,
                         "signature": {key: kind for key, kind in kinds.items() if kind is not None},
-                        "constexprs": tile_options(tile) | {"LOADS": loads}
+                        "constexprs": tile_options(shape) | {"LOADS": loads}
                         | {key: None for key, kind in kinds.items() if kind is None},
-                        "num_warps": tile.num_warps, "num_stages": tile.num_stages, "hot": hot, "expects_matrix": hot,
-                        "targets": (architecture,), "divisible_by_16": integers,
+                        "num_warps": shape.num_warps, "num_stages": shape.num_stages, "hot": hot,
+                        "expects_matrix": hot, "targets": (architecture,), "divisible_by_16": integers,
                     })
     return entries + [_on_matrix_unit(entry) for entry in entries
                       if entry["name"] == f"{name} fp32" and entry["targets"] != ("gfx942",)]
@@ -56,10 +56,10 @@ def _on_matrix_unit(entry: dict) -> dict:
                     "constexprs": entry["constexprs"] | {"INPUT_PRECISION": "tf32x3"}}
 
 
-def _heads(dtype: str, descriptors: bool) -> list[tuple[str, str, dict[str, str | None]]]:
-    """(suffix, loads, optional arguments) of the plain head and of the one with everything, operands unaligned too."""
-    plain = ("", "descriptor" if descriptors else "even", {"bias": None, "softcap": None})
-    full = (" bias softcap", "masked", {"bias": f"*{dtype}", "softcap": "fp32"})
+def _heads(dtype: str, tile: HeadTile) -> list[tuple[str, HeadTile, str, dict[str, str | None]]]:
+    """(suffix, tile, loads, optional arguments) of the plain head and of the one with everything, unaligned too."""
+    plain = ("", tile, "descriptor" if tile.descriptors else "even", {"bias": None, "softcap": None})
+    full = (" bias softcap", tile.with_softcap(), "masked", {"bias": f"*{dtype}", "softcap": "fp32"})
     return [plain] if dtype == "fp16" else [plain, full]
 
 

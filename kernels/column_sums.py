@@ -46,8 +46,8 @@ def column_sums_kernel(numerators, slice_maximum, maximum, others, target_draw, 
             coefficient = tl.load(coefficients + rows, mask=inside, other=0.0)
             highest = tl.load(slice_maximum + rows, mask=inside, other=float("-inf"))
             overall = tl.load(maximum + rows, mask=inside, other=0.0)
-            shift = tl.where(highest == float("-inf"), highest, highest - overall)
-            factor = -coefficient * tl.load(others + rows, mask=inside, other=0.0) * tl.exp2(shift)
+            scale = tl.exp2(highest - tl.where(overall == float("-inf"), 0.0, overall))
+            factor = -coefficient * tl.load(others + rows, mask=inside, other=0.0) * scale
             at_target = coefficient * tl.load(target_draw + rows, mask=inside, other=0.0)
             entry = tl.where(token[:, None] == columns[None, :], at_target[:, None], factor[:, None] * numerator)
             accumulator += entry
@@ -88,5 +88,5 @@ def aot_specializations() -> list[dict]:
         {"name": f"column_sums {width}", "fn": column_sums_kernel, "signature": signature,
          "constexprs": {"BLOCK_ROWS": BLOCK_ELEMENTS // width, "BLOCK_COLUMNS": width}, "num_warps": 4, "num_stages": 1,
          "hot": True, "expects_matrix": False, "divisible_by_16": ("n_columns", "numerator_stride")}
-        for width in sorted({tile.slice_columns for tile in tiles})
+        for width in sorted({shape.slice_columns for tile in tiles for shape in (tile, tile.with_softcap())})
     ]

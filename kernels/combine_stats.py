@@ -77,7 +77,10 @@ def combine_stats_kernel(partials, target_raw, results, n_rows, n_slices, plane_
         capped, target_slope = soft_cap(raw, softcap)
         z = capped * logit_scale
 
-    log_mass = tl.log2(mass)
+    # Without another token in the vocabulary there is no M; off_mass, its weight, is 0 then.
+    has_others = mass != 0.0
+    mass = tl.where(has_others, mass, 1.0)
+    log_mass = tl.where(has_others, tl.log2(mass), float("-inf"))
     log_odds = z - maximum - log_mass
     smaller = tl.exp2(-tl.abs(log_odds))
     tail = log1p_unit(smaller)
@@ -85,12 +88,10 @@ def combine_stats_kernel(partials, target_raw, results, n_rows, n_slices, plane_
     off_mass = tl.where(likely, smaller, 1.0) / (1.0 + smaller)
     p = tl.where(likely, 1.0, smaller) / (1.0 + smaller)
     logp = tl.minimum(log_odds, 0.0) * LN_2 - tail
-    has_others = mass != 0.0
-    off_per_mass = tl.where(has_others, off_mass / mass, 0.0)
-    # (lse - M) in nats; with no other token in the vocabulary there is no M, and its weight off_mass is 0.
-    above_maximum = tl.where(has_others, tl.maximum(z - maximum, log_mass) * LN_2 + tail, 0.0)
+    off_per_mass = off_mass / mass
     lse = tl.maximum(z, maximum + log_mass) * LN_2 + tail
-    spread = tl.where(has_others, first / mass, 0.0) * LN_2
+    above_maximum = tl.where(has_others, tl.maximum(z - maximum, log_mass) * LN_2 + tail, 0.0)
+    spread = first / mass * LN_2
     entropy = off_mass * (above_maximum - spread) - tl.where(p == 0.0, 0.0, p * logp)
     target_draw = off_mass * target_slope * inverse_temperature
     others = off_per_mass * inverse_temperature

@@ -8,7 +8,7 @@ yet; a measurement changes this file and nothing else.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,6 +39,10 @@ class HeadTile:
         """Columns that share one set of partial statistics."""
         return self.columns // self.slices
 
+    def with_softcap(self) -> HeadTile:
+        """Twice the slices: a soft cap's logits and their derivatives need registers of their own."""
+        return replace(self, slices=2 * self.slices)
+
 
 # (architecture, bytes per element of the operands)
 HEAD_TILES = {
@@ -64,9 +68,10 @@ HEAD_TILES = {
 CHUNK_BYTES = 512 << 20
 
 
-def head_tile(device: torch.device, dtype: torch.dtype) -> HeadTile:
-    """The tile for tensors of ``dtype`` on ``device``; a CPU device means the Triton interpreter."""
-    return HEAD_TILES[architecture(device), dtype.itemsize]
+def head_tile(device: torch.device, dtype: torch.dtype, softcap: float | None) -> HeadTile:
+    """The tile for operands of ``dtype`` on ``device``; a CPU device means the Triton interpreter."""
+    tile = HEAD_TILES[architecture(device), dtype.itemsize]
+    return tile if softcap is None else tile.with_softcap()
 
 
 @functools.cache

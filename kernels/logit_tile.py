@@ -90,26 +90,28 @@ def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def column_slices(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr):
-    """The tile's columns in SLICES (1, 2 or 4) equal slices, left to right.
+    """The tile's columns in SLICES (1, 2, 4 or 8) equal slices, left to right.
 
     Epilogues work slice by slice: on the whole accumulator at once they need more registers than there are. Every
     matrix-unit layout keeps the top column bits in a thread's registers or in tensor memory, so this moves no data.
     """
-    if SLICES == 1:
-        return (tile,)
-    elif SLICES == 2:
-        return halves(tile, ROWS, COLUMNS)
-    else:
-        left, right = halves(tile, ROWS, COLUMNS)
-        return halves(left, ROWS, COLUMNS // 2) + halves(right, ROWS, COLUMNS // 2)
+    slices = (tile,)
+    if SLICES >= 2:
+        slices = halves(tile, ROWS, COLUMNS)
+    if SLICES >= 4:
+        slices = halves(slices[0], ROWS, COLUMNS // 2) + halves(slices[1], ROWS, COLUMNS // 2)
+    if SLICES >= 8:
+        slices = (halves(slices[0], ROWS, COLUMNS // 4) + halves(slices[1], ROWS, COLUMNS // 4)
+                  + halves(slices[2], ROWS, COLUMNS // 4) + halves(slices[3], ROWS, COLUMNS // 4))
+    return slices
 
 
 @triton.jit
 def soft_cap(raw, cap):
     """(cap · tanh(raw / cap), its derivative 1 - tanh²). An entry at -inf is out of the vocabulary and stays there.
 
-    With u = e^(-2|raw / cap|), tanh is (1 - u) / (1 + u) up to its sign, and the derivative is 4u / (1 + u)², which keeps
-    its digits where 1 - tanh² loses them. Near 0, where 1 - u loses them, tanh is its series.
+    With u = e^(-2|raw / cap|), tanh is (1 - u) / (1 + u) up to its sign, and the derivative is 4u / (1 + u)², which
+    keeps its digits where 1 - tanh² loses them. Near 0, where 1 - u loses them, tanh is its series.
     """
     u = tl.exp2(tl.abs(raw) * (-2.8853900817779268 / cap))
     ratio = 1.0 / (1.0 + u)

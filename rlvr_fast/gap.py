@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -29,17 +30,17 @@ class Gap:
         length_norm: whether each response's gradient was divided by its length.
         prompt_ids: the P prompt ids, in the order of every [P] tensor below.
         n_correct, n_incorrect: [P] int64 class sizes.
-        success_rate: [P] float64.
+        success_rate: [P] float64 n₊ / (n₊ + n₋).
         norm_sq: [P] float64, unbiased ‖g⁺ − g⁻‖²; may be negative where there is no gap to see.
         norm_sq_naive: [P] float64, the plug-in value, biased up by the noise.
         stderr: [P] float64, jackknife standard error of ``norm_sq``.
-        defined: [P] bool, both classes present; everything above is NaN where not.
-        pooled: [P] bool, a class of one response borrowed the noise of the other prompts.
+        defined: [P] bool, both classes present; norms and errors are NaN where not.
+        pooled: [P] bool, a class of one response borrowed the noise of the other prompts; NaN if there was none.
         correct_mean, incorrect_mean, vector: [P, K] float32 class means and their difference for the levels that
             have vectors (K = V or D), NaN where the class is empty; None at level "head".
-        gram: per prompt the Gram matrix of its responses' gradients, [n, n] float64, rows in rollout order.
         stats: the TokenStats of the same pass.
         moments: the inner products behind all of this; add and merge them across layers, shards and batches.
+        sizes: number of responses of each prompt.
         gradients: the response gradients, [R, K], for the levels that have vectors; else None.
     """
 
@@ -47,11 +48,12 @@ class Gap:
     length_norm: bool
     estimate: GapEstimate
     moments: Moments
-    gram: tuple[torch.Tensor, ...]
+    sizes: tuple[int, ...]
     stats: TokenStats | None = None
     gradients: ResponseGradients | None = None
     correct_mean: torch.Tensor | None = None
     incorrect_mean: torch.Tensor | None = None
+    head_grams: tuple[torch.Tensor, ...] | None = None
 
     n_correct = property(lambda self: self.estimate.n_correct)
     n_incorrect = property(lambda self: self.estimate.n_incorrect)
@@ -70,14 +72,19 @@ class Gap:
     def vector(self) -> torch.Tensor | None:
         return None if self.correct_mean is None else self.correct_mean - self.incorrect_mean
 
+    @cached_property
+    def gram(self) -> tuple[torch.Tensor, ...]:
+        """Per prompt the Gram matrix of its responses' gradients, [n, n] float64, rows in rollout order."""
+        return self.gradients.grams(self.sizes) if self.head_grams is None else self.head_grams
+
     def batch_norm_sq(self, weights: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Debiased ‖Σ_p w_p gap_p‖² over the defined prompts with its jackknife error over prompts [derived].
 
         Args:
-            weights: [P] float; uniform over the defined prompts by default.
+            weights: [P] float, at least 0; normalised to sum 1 over the defined prompts. Uniform by default.
 
         Returns:
-            (norm_sq, stderr), float64 scalars; NaN without a defined prompt, the error also with a single one.
+            (norm_sq, stderr), float64 scalars; NaN if no defined prompt has weight, the error also with a single one.
 
         Raises:
             ValueError: at level "head", which keeps no vectors.
@@ -89,6 +96,8 @@ class Gap:
             weights = usable.double()
         else:
             weights = check.tensor("weights", weights, shape=(len(self.prompt_ids),), device=usable.device).double()
+            if weights.device.type == "cpu" and not (weights.isfinite() & (weights >= 0)).all():
+                raise ValueError(f"weights must be finite and at least 0, got {weights.tolist()}")
             weights = torch.where(usable, weights, 0.0)
         return _batch_norm_sq(torch.where(usable[:, None], self.vector, 0.0).double(),
                               torch.where(usable, self.estimate.bias, 0.0), weights)
@@ -103,7 +112,8 @@ class Gap:
         """
         if self.vector is None:
             raise ValueError(f"alignment needs gap vectors, level {self.level!r} has none")
-        check.tensor("direction", direction, shape=(self.vector.shape[1],), device=self.vector.device)
+        check.tensor("direction", direction, shape=(self.vector.shape[1],), device=self.vector.device,
+                     dtypes=(*check.FLOAT_DTYPES, torch.float64))
         return self.vector.double() @ direction.double()
 
     def summary(self) -> dict[str, float]:
@@ -201,6 +211,7 @@ def gradient_gap(hidden: torch.Tensor, weight: torch.Tensor, rollouts: Rollouts,
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
     check.choice("level", level, LEVELS)
+    check.flag("length_norm", length_norm)
     if not isinstance(rollouts, Rollouts):
         raise TypeError(f"rollouts must be rlvr_fast.Rollouts, got {type(rollouts).__name__}")
     hidden = rollouts.pack(hidden, "hidden").detach()
@@ -212,6 +223,7 @@ def gradient_gap(hidden: torch.Tensor, weight: torch.Tensor, rollouts: Rollouts,
     check_values(hidden)
     coefficients = _token_coefficients(rollouts, length_norm)
     responses = Responses(rollouts.correct, rollouts.prompt_index, rollouts.prompt_ids)
+    sizes = tuple(len(prompt) for prompt in rollouts.members)
     with torch.no_grad():
         if level == "head":
             token_pass = run_head_pass(hidden, rollouts.tokens, head, backend)
@@ -219,10 +231,10 @@ def gradient_gap(hidden: torch.Tensor, weight: torch.Tensor, rollouts: Rollouts,
             gram = backends.select("head_gram", backend, hidden.device)
             grams = tuple(gram(hidden, rollouts.tokens, head, token_pass, coefficients, spans))
             moments = Moments.from_gram(responses, grams)
-            return Gap(level, length_norm, estimate_gap(moments), moments, grams, TokenStats.from_pass(token_pass))
+            return Gap(level, length_norm, estimate_gap(moments), moments, sizes, TokenStats.from_pass(token_pass),
+                       head_grams=grams)
         token_pass, vectors = _vectors(hidden, head, rollouts, coefficients, level, backend)
         gradients = ResponseGradients(responses, vectors)
-        sizes = [len(prompt) for prompt in rollouts.members]
         return gap_from_gradients(gradients, level=level, length_norm=length_norm, sizes=sizes,
                                   stats=TokenStats.from_pass(token_pass))
 
@@ -238,8 +250,9 @@ def gap_from_gradients(gradients: ResponseGradients, *, level: str, length_norm:
     """
     if sizes is None:
         sizes = gradients.responses.prompt_index.bincount(minlength=gradients.responses.n_prompts).tolist()
+    sizes = gradients.responses.check_sizes(sizes)
     moments, means = gradients.moments(), gradients.class_means()
-    return Gap(level, length_norm, estimate_gap(moments), moments, gradients.grams(sizes), stats, gradients,
+    return Gap(level, length_norm, estimate_gap(moments), moments, sizes, stats, gradients,
                correct_mean=means[:, 1], incorrect_mean=means[:, 0])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from rlvr_fast import _validate as check
 from rlvr_fast import backends
 from rlvr_fast.backends import TokenPass
 from rlvr_fast.head import Head, check_shapes_of_tokens, check_tokens, check_values
@@ -32,9 +33,10 @@ def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Ten
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    flat = hidden.reshape(-1, hidden.shape[-1]) if isinstance(hidden, torch.Tensor) and hidden.ndim > 2 else hidden
+    flat = hidden.flatten(0, -2) if isinstance(hidden, torch.Tensor) and hidden.ndim > 2 else hidden
     head = Head.checked(flat, weight, bias, temperature, softcap)
     check_shapes_of_tokens(tokens, hidden.shape[:-1], hidden.device)
+    check.choice("backend", backend, backends.CHOICES)
     results = _forward(flat, weight, tokens.reshape(-1), bias, head.temperature, head.softcap, backend)
     return results[0].reshape(tokens.shape), results[2].reshape(tokens.shape)
 

@@ -48,12 +48,16 @@ class Responses:
         """[R] int64: the (prompt, class) cell of each response, ``2 * prompt + correct``."""
         return 2 * self.prompt_index + self.correct.long()
 
-    def by_prompt(self, sizes: Sequence[int]) -> Iterator[torch.Tensor]:
-        """Per prompt the indices of its responses, in rollout order; ``sizes`` are the host's counts of them."""
+    def check_sizes(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """The host's counts of each prompt's responses, as a tuple, if they add up."""
         if len(sizes) != self.n_prompts or sum(sizes) != self.correct.numel():
             raise ValueError(f"sizes must count the {self.correct.numel()} responses of each of {self.n_prompts} "
                              f"prompts, got {len(sizes)} numbers that add up to {sum(sizes)}")
-        return iter(torch.argsort(self.prompt_index, stable=True).split(list(sizes)))
+        return tuple(sizes)
+
+    def by_prompt(self, sizes: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Per prompt the indices of its responses, in rollout order; ``sizes`` are the host's counts of them."""
+        return iter(torch.argsort(self.prompt_index, stable=True).split(self.check_sizes(sizes)))
 
     def class_sum(self, values: torch.Tensor) -> torch.Tensor:
         """Σ over the responses of each prompt and class: [R, ...] -> [P, 2, ...]; class 0 incorrect, 1 correct."""

@@ -25,12 +25,12 @@ NAN = float("nan")
 
 
 def logits(hidden, weight, bias=None, temperature=1.0, softcap=None):
-    """z = cap * tanh((h Wᵀ + b) / cap) / T: [N, V]."""
+    """z = cap * tanh((h Wᵀ + b) / cap) / T: [N, V]. A bias of -inf takes a token out of the vocabulary: z = -inf."""
     raw = hidden.double() @ weight.double().T
     if bias is not None:
         raw = raw + bias.double()
     if softcap is not None:
-        raw = softcap * torch.tanh(raw / softcap)
+        raw = torch.where(raw == -torch.inf, raw, softcap * torch.tanh(raw / softcap))
     return raw / temperature
 
 
@@ -46,7 +46,8 @@ def logit_slope(hidden, weight, bias=None, temperature=1.0, softcap=None):
 
 def log_prob(z, tokens):
     """log p_y = z_y - lse(z): [N]. With the target held out, log p_y = -log1p(Σ_{v≠y} exp(z_v - z_y))."""
-    return -torch.log1p(torch.exp(off_target_log_sum(z, tokens) - target_logit(z, tokens)))
+    behind = off_target_log_sum(z, tokens) - target_logit(z, tokens)
+    return -torch.logaddexp(torch.zeros_like(behind), behind)  # log1p(exp(x)), also where exp overflows
 
 
 def target_logit(z, tokens):

@@ -8,6 +8,7 @@ brings any per-token tensor of the loop (hidden states, log-probs) into the same
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
@@ -24,7 +25,7 @@ IGNORED_LABEL = -100
 class Rollouts:
     """N response tokens of R responses to P prompts. Build it with ``from_padded`` or ``from_packed``.
 
-    Construction validates everything and is the one place that synchronises host and device.
+    These two validate everything and are the one place that synchronises host and device.
 
     Attributes:
         tokens: [N] int64, the sampled token ids, response after response.
@@ -168,12 +169,13 @@ class Rollouts:
     def pack(self, x: torch.Tensor, name: str = "x") -> torch.Tensor:
         """Bring a per-token tensor into rollout order: [B, T, ...] (or [M, ...] when packed) -> [N, ...].
 
-        A tensor that already has N rows comes back as it is. Differentiable.
+        A tensor that already has N rows comes back as it is; where both readings fit, the batch's layout wins.
+        Differentiable.
         """
         check.tensor(name, x, device=self.device)
         source = self._source_shape
         if tuple(x.shape[: len(source)]) == source:
-            flat = x.reshape(-1, *x.shape[len(source):])
+            flat = x.flatten(0, len(source) - 1)
             return flat if flat.shape[0] == self.n_tokens else flat.index_select(0, self._source_index)
         if x.ndim >= 1 and x.shape[0] == self.n_tokens:
             return x
@@ -240,7 +242,7 @@ def _prompts(n_responses: int, group_size: int | None, prompt_ids: Any) -> tuple
     if (group_size is None) == (prompt_ids is None):
         raise ValueError("give exactly one of group_size and prompt_ids")
     if group_size is not None:
-        if isinstance(group_size, bool) or not isinstance(group_size, int):
+        if isinstance(group_size, bool) or not isinstance(group_size, numbers.Integral):
             raise TypeError(f"group_size must be an int, got {check.describe(group_size)}")
         if group_size < 1 or n_responses % group_size:
             raise ValueError(f"group_size must be >= 1 and divide the number of responses, "
@@ -248,14 +250,14 @@ def _prompts(n_responses: int, group_size: int | None, prompt_ids: Any) -> tuple
         return [i // group_size for i in range(n_responses)], tuple(range(n_responses // group_size))
     if isinstance(prompt_ids, torch.Tensor):
         check.tensor("prompt_ids", prompt_ids, shape=(n_responses,), dtypes=(*check.INTEGER_DTYPES, torch.bool))
-    if isinstance(prompt_ids, str | bytes) or not hasattr(prompt_ids, "__len__"):
+    if isinstance(prompt_ids, str | bytes) or not (isinstance(prompt_ids, Sequence) or hasattr(prompt_ids, "tolist")):
         raise TypeError(f"prompt_ids must be a tensor or a sequence of ids, got {check.describe(prompt_ids)}")
     ids = prompt_ids.tolist() if hasattr(prompt_ids, "tolist") else list(prompt_ids)
     if len(ids) != n_responses:
         raise ValueError(f"prompt_ids must have one id per response, got {len(ids)} for {n_responses} responses")
-    numbers: dict[Hashable, int] = {}
+    numbering: dict[Hashable, int] = {}
     try:
-        index = [numbers.setdefault(identity, len(numbers)) for identity in ids]
+        index = [numbering.setdefault(identity, len(numbering)) for identity in ids]
     except TypeError:
         raise TypeError(f"prompt_ids must be hashable, got {check.describe(ids)}") from None
-    return index, tuple(numbers)
+    return index, tuple(numbering)

@@ -14,6 +14,8 @@ from rlvr_fast import backends
 from rlvr_fast.backends import TokenPass
 from rlvr_fast.head import Head, check_tokens, check_values
 
+ROUNDING = 1e-5  # how far a framework's float32 sums may push a log-prob above 0 or Σp² above 1
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenStats:
@@ -77,7 +79,8 @@ def token_stats(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor
     token_pass = run_head_pass(hidden, tokens, head, backend)
     gradient = None
     if hidden_grad:
-        gradient = backends.select("hidden_gradient", backend, hidden.device)(hidden, tokens, head, token_pass)
+        with torch.no_grad():  # a graph would keep every tile of scores alive
+            gradient = backends.select("hidden_gradient", backend, hidden.device)(hidden, tokens, head, token_pass)
     return TokenStats.from_pass(token_pass, gradient)
 
 
@@ -87,13 +90,14 @@ def run_head_pass(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, backen
         return check_pass(backends.select("head_pass", backend, hidden.device)(hidden, tokens, head), tokens)
 
 
-def check_pass(token_pass: TokenPass, tokens: torch.Tensor) -> TokenPass:
+def check_pass(token_pass: TokenPass, tokens: torch.Tensor, source: str = "weight and bias must give finite logits"
+               ) -> TokenPass:
     """Raise if a CPU pass is not finite: the head holds NaN or infinity, or a sampled token has probability zero."""
     if token_pass.logp.device.type == "cpu":
-        bad = ~(torch.isfinite(token_pass.logp) & torch.isfinite(token_pass.lse))
+        bad = ~torch.stack(token_pass).isfinite().all(0)
         if bad.any():
             where = int(bad.nonzero()[0])
-            raise ValueError(f"weight and bias must give finite logits and every sampled token a probability above 0, "
+            raise ValueError(f"{source} and every sampled token a probability above 0, "
                              f"got logp {token_pass.logp[where].item()} with lse {token_pass.lse[where].item()} "
                              f"for token {int(tokens[where])} at position {where}")
     return token_pass
@@ -118,7 +122,8 @@ def token_stats_from_logits(logits: torch.Tensor, tokens: torch.Tensor, *, tempe
     from rlvr_fast.backends import torch_backend
 
     with torch.no_grad():
-        return TokenStats.from_pass(check_pass(torch_backend.logits_pass(logits, tokens, temperature), tokens))
+        token_pass = torch_backend.logits_pass(logits, tokens, temperature)
+        return TokenStats.from_pass(check_pass(token_pass, tokens, "logits must be finite (or -inf)"))
 
 
 def token_stats_from_logprobs(logp: torch.Tensor, sum_p_sq: torch.Tensor) -> TokenStats:
@@ -128,8 +133,8 @@ def token_stats_from_logprobs(logp: torch.Tensor, sum_p_sq: torch.Tensor) -> Tok
     numbers: for p_y → 1 it has no more digits than they leave.
 
     Args:
-        logp: [N] float log-probs, at most 0.
-        sum_p_sq: [N] float, in (0, 1].
+        logp: [N] float log-probs, at most 0 (what rounding puts above it, up to 1e-5, counts as 0).
+        sum_p_sq: [N] float, in (0, 1], likewise.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
@@ -138,11 +143,12 @@ def token_stats_from_logprobs(logp: torch.Tensor, sum_p_sq: torch.Tensor) -> Tok
     check.tensor("logp", logp, ndim=1, dtypes=dtypes)
     check.tensor("sum_p_sq", sum_p_sq, shape=tuple(logp.shape), dtypes=dtypes, device=logp.device)
     if logp.device.type == "cpu":
-        for name, values, good in (("logp", logp, logp <= 0), ("sum_p_sq", sum_p_sq, (sum_p_sq > 0) & (sum_p_sq <= 1))):
+        inside = (sum_p_sq > 0) & (sum_p_sq <= 1 + ROUNDING)
+        for name, values, good in (("logp", logp, logp <= ROUNDING), ("sum_p_sq", sum_p_sq, inside)):
             if not good.all():
                 where = int((~good).nonzero()[0])
                 wanted = "at most 0" if name == "logp" else "in (0, 1]"
                 raise ValueError(f"{name} must be {wanted}, got {values[where].item()} at position {where}")
-    logp64, square = logp.detach().double(), sum_p_sq.detach().double()
+    logp64, square = logp.detach().double().clamp(max=0.0), sum_p_sq.detach().double().clamp(max=1.0)
     score_sq = torch.expm1(logp64).square() + (square - torch.exp(2 * logp64)).clamp(min=0.0)
-    return TokenStats(logp.detach().float(), None, None, sum_p_sq.detach().float(), score_sq.float())
+    return TokenStats(logp64.float(), None, None, square.float(), score_sq.float())

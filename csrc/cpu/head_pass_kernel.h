@@ -22,7 +22,8 @@ using rlvr::DType;
 using rlvr::HeadPass;
 
 constexpr int64_t CHUNK_UNIT = 32;  // token chunks are multiples of it on every instruction set
-constexpr int64_t K_BLOCK = 1024;   // product depth per visit of a register tile: BLOCK * K_BLOCK floats stay in L2
+constexpr int64_t K_BLOCK = 256;    // product depth per visit of a register tile: its operands stay in L1
+constexpr double THREAD_FLOPS = 4e6;  // starting a thread costs as much as about this
 
 // -- threads ----------------------------------------------------------------------------------------------------------
 
@@ -240,7 +241,9 @@ void head_pass_typed(const HeadPass& a) {
     else a.softcap > 0 ? statistics_only<T, true>(a) : statistics_only<T, false>(a);
 }
 
-void head_pass(const HeadPass& a) {
+void head_pass(HeadPass a) {
+    const double flops = 2.0 * a.n_tokens * a.vocabulary * a.width, useful = 1 + flops / THREAD_FLOPS;
+    if (useful < a.n_threads) a.n_threads = static_cast<int>(useful);
     switch (a.dtype) {
         case DType::float32: return head_pass_typed<float>(a);
         case DType::bfloat16: return head_pass_typed<BFloat16>(a);

@@ -67,15 +67,13 @@ const float* weight_rows(const T* weight, int64_t width, int64_t first, int64_t 
     return scratch;
 }
 
-// tile[ROWS][BLOCK] (+)= weight rows . packed hidden states over `depth` columns.
+// tile[ROWS][BLOCK] (+)= weight rows . packed hidden states over `depth` columns. Each call sums from zero and is added
+// as a whole: rounding grows with the square root of the longest chain, not of the whole depth.
 template <bool ACCUMULATE>
 __attribute__((noinline)) void multiply(const float* __restrict packed, const float* __restrict weight,
                                         int64_t weight_stride, int64_t depth, float* __restrict tile) {
     Vec sum[ROWS][2];
-    for (int i = 0; i < ROWS; ++i) {
-        sum[i][0] = ACCUMULATE ? load(tile + i * BLOCK) : Vec{};
-        sum[i][1] = ACCUMULATE ? load(tile + i * BLOCK + LANES) : Vec{};
-    }
+    for (int i = 0; i < ROWS; ++i) sum[i][0] = sum[i][1] = Vec{};
     for (int64_t k = 0; k < depth; ++k) {
         const Vec left = load(packed + k * BLOCK), right = load(packed + k * BLOCK + LANES);
 #pragma GCC unroll 16
@@ -86,8 +84,9 @@ __attribute__((noinline)) void multiply(const float* __restrict packed, const fl
         }
     }
     for (int i = 0; i < ROWS; ++i) {
-        store(tile + i * BLOCK, sum[i][0]);
-        store(tile + i * BLOCK + LANES, sum[i][1]);
+        float* row = tile + i * BLOCK;
+        store(row, ACCUMULATE ? load(row) + sum[i][0] : sum[i][0]);
+        store(row + LANES, ACCUMULATE ? load(row + LANES) + sum[i][1] : sum[i][1]);
     }
 }
 

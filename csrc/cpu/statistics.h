@@ -17,11 +17,12 @@ struct Logits {  // how raw products become z, and z its slope
           inverse_cap(a.softcap > 0 ? 1.0f / a.softcap : 0.0f), inverse_temperature(a.inverse_temperature) {}
     template <bool CAPPED> Vec z(Vec raw) const {
         const Vec value = CAPPED ? tanh_vec(raw * splat(inverse_cap)) : raw;
-        return maximum(splat(FLOOR), value * splat(scale));
+        const Vec z = maximum(splat(FLOOR), value * splat(scale));
+        return CAPPED ? (raw < splat(FLOOR) ? splat(FLOOR) : z) : z;  // -inf stays out of the vocabulary
     }
     template <bool CAPPED> Vec slope(Vec z) const {
         if (!CAPPED) return splat(inverse_temperature);
-        const Vec tanh_value = z / splat(scale);
+        const Vec tanh_value = maximum(splat(-1.0f), z / splat(scale));  // FLOOR has slope 0
         return (splat(1.0f) - tanh_value * tanh_value) * splat(inverse_temperature);
     }
     double slope(double z) const {

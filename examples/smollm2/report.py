@@ -139,8 +139,8 @@ def summary(records: list[StepRecord]) -> str:
                          f"the success rate and {len(judged) - rose} did not.")
     lines += [
         f"{len(reached)} of {n} steps were short enough for the rollouts to speak for; the predicted log-odds gain was "
-        f"within two standard errors of the exact one in {agreed} of these. Where they ended, {past_peak} of {n} updates "
-        "pointed downhill by two standard errors: they were past their peak.",
+        f"within two standard errors of the exact one in {agreed} of these. Where they ended, {past_peak} of {n} "
+        "updates pointed downhill by two standard errors: they were past their peak.",
         f"The gap with its error took {gap / training:.1%} of the time of sampling and training. All analysis, with "
         f"its {len(first.scan.multiples)} trial steps and the held-out rollouts, took "
         f"{analysis / (analysis + training):.0%} of the steps' time.",

@@ -1,7 +1,8 @@
 """Every operation in plain torch, on any device, over tiles of rows x vocabulary: no [N, V] buffer.
 
 The logits are recomputed tile by tile where a second look is needed. Sums are over the off-target vocabulary; the
-sampled token is put back at the end in float64 (see ``TokenPass``).
+sampled token is put back at the end in float64 (see ``TokenPass``). On a GPU, products of float32
+operands follow torch's TF32 setting.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def _logits(rows: torch.Tensor, head: Head, columns: slice) -> tuple[torch.Tenso
     if head.softcap is None:
         return z.mul_(1.0 / head.temperature).clamp_(min=FLOOR), 1.0 / head.temperature
     tanh = torch.tanh(z / head.softcap)
-    return tanh * (head.softcap / head.temperature), (1.0 - tanh * tanh) / head.temperature
+    slope = (1.0 - tanh * tanh) / head.temperature
+    capped = tanh.mul_(head.softcap / head.temperature)
+    return capped if head.bias is None else capped.masked_fill_(z == -torch.inf, FLOOR), slope
 
 
 def _in_tile(tokens: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -266,7 +269,7 @@ def _gram_of_tiles(hidden, tokens, head, lse, off_mass, coefficients, bounds) ->
     """Σ over vocabulary tiles of ⟨G_i tile, G_j tile⟩ with the tiles formed for all responses of the prompt."""
     n_responses = len(bounds) - 1
     gram = torch.zeros(n_responses, n_responses, dtype=torch.float64, device=hidden.device)
-    width = max(1, min(head.vocabulary_size, GRAM_TILE_FLOATS // (n_responses * head.hidden_size)))
+    width = max(1, min(head.vocabulary_size, GRAM_TILE_FLOATS // max(n_responses * head.hidden_size, len(tokens))))
     rows = hidden.float()
     for columns in _slices(head.vocabulary_size, width):
         scores = _scores(hidden, tokens, head, columns, lse, off_mass) * coefficients[:, None]

@@ -42,9 +42,10 @@ _LARGEST = 2.0**15
 def unavailable(device: torch.device) -> str | None:
     """Why this backend cannot serve tensors on ``device``; None if it can."""
     if triton is None:
-        return f"Triton is not installed ({IMPORT_ERROR})"
+        return f"its kernels cannot be imported ({IMPORT_ERROR})"
     if device.type != "cuda" and not (device.type == "cpu" and triton.knobs.runtime.interpret):
-        return f"the Triton backend runs on CUDA or ROCm devices, the tensors are on {device}"
+        return (f"Triton kernels need a GPU (or TRITON_INTERPRET=1, set before triton is imported, to interpret them on "
+                f"the CPU), the tensors are on {device}")
     return None
 
 
@@ -55,7 +56,7 @@ def unavailable(device: torch.device) -> str | None:
 def head_pass(hidden: torch.Tensor, tokens: torch.Tensor, head: Head) -> TokenPass:
     """Statistics of every token: one N·V·D product, no [N, V] buffer."""
     hidden, weight, bias = _adjacent(hidden, head)
-    tile = head_tile(hidden.device, hidden.dtype)
+    tile = head_tile(hidden.device, hidden.dtype, head.softcap)
     results = torch.empty(N_RESULTS, len(hidden), dtype=torch.float32, device=hidden.device)
     statistics_bytes = 20 * triton.cdiv(len(weight), tile.slice_columns)
     for start, end in chunks(len(hidden), chunk_size(len(hidden), statistics_bytes, tile.rows)):
@@ -71,7 +72,7 @@ def head_pass_with_sums(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, 
     One product, which also leaves the softmax numerators of a chunk of tokens in float32, and one sweep over them.
     """
     hidden, weight, bias = _adjacent(hidden, head)
-    tile = head_tile(hidden.device, hidden.dtype)
+    tile = head_tile(hidden.device, hidden.dtype, head.softcap)
     coefficients = coefficients.to(torch.float32).contiguous()
     cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
     n_tokens, vocabulary = len(hidden), len(weight)
@@ -205,7 +206,7 @@ def _gradient_blocks(hidden, tokens, head, lse, slope, entropy_slope, target, *,
     if n_tokens == 0:
         return
     hidden, weight, bias = _adjacent(hidden, head)
-    tile = head_tile(hidden.device, hidden.dtype)
+    tile = head_tile(hidden.device, hidden.dtype, head.softcap)
     height = n_tokens if all_rows else min(n_tokens, _BLOCK_ROWS)
     width = chunk_size(len(weight), height * dtype.itemsize, tile.columns)
     width = min(width, len(weight), max_width or width)
