@@ -44,6 +44,7 @@ def main() -> None:
         optimizer = torch.optim.AdamW(policy.parameters, lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
         with clock("held-out rollouts"):
             before = policy.sample(heldout, options.heldout_responses, generator)
+            logp_before = policy.logp(before)
         for step in range(1, options.steps + 1):
             clock = Clock(report.phase)
             with clock("sampling"):
@@ -58,21 +59,22 @@ def main() -> None:
 
             # The step that Adam wants to take, tried on rollouts that had no part in it.
             with clock("scan"):
-                curve, truth = judge(policy, update, before, heldout, clock)
+                curve, truth = judge(policy, update, before, logp_before, heldout, clock)
             with clock("training"):
                 apply(update, policy.parameters)
 
             # Where it led. The new rollouts judge the next step, too.
             with clock("held-out rollouts"):
                 after = policy.sample(heldout, options.heldout_responses, generator)
+                logp_after = policy.logp(after)
             with clock("end slope"):
                 end = rf.scan_step(lambda after=after: policy.logp(after), policy.parameters, update, after.rollouts,
-                                   multiples=MULTIPLES[:1], in_sample=False)
+                                   multiples=MULTIPLES[:1], logp_before=logp_after, in_sample=False)
 
             report.add(StepRecord.of(step, options.learning_rate, batch.rollouts, entropy, gap, head_gap,
                                      before.rollouts, curve, truth, after.rollouts, end, clock.seconds))
             save(report.records, options.output)
-            before = after
+            before, logp_before = after, logp_after
     report.console.print(f"\n{summary(report.records)}\n\nWritten to {options.output}/", highlight=False)
 
 
@@ -86,17 +88,20 @@ def backward(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch) -> 
     return hidden.detach(), entropy.detach()
 
 
-def judge(policy: Policy, update: Sequence[torch.Tensor], batch: Batch, heldout: list[task.Sum],
-          clock: Clock) -> tuple[rf.StepCurve, list[float]]:
+def judge(policy: Policy, update: Sequence[torch.Tensor], batch: Batch, logp_before: torch.Tensor,
+          heldout: list[task.Sum], clock: Clock) -> tuple[rf.StepCurve, list[float]]:
     """The update tried at all multiples, and the exact success rate at multiple 0 and at each of them."""
-    truth = []
+    def exact() -> float:
+        with clock("truth"):
+            return policy.success(heldout).mean().item()
 
     def logp() -> torch.Tensor:
-        with clock("truth"):
-            truth.append(policy.success(heldout).mean().item())
+        truth.append(exact())
         return policy.logp(batch)
 
-    curve = rf.scan_step(logp, policy.parameters, update, batch.rollouts, multiples=MULTIPLES, in_sample=False)
+    truth = [exact()]
+    curve = rf.scan_step(logp, policy.parameters, update, batch.rollouts, multiples=MULTIPLES, logp_before=logp_before,
+                         in_sample=False)
     return curve, truth
 
 

@@ -19,6 +19,7 @@ holds without asking the device, and R times too many programs would start to ex
 import torch
 import triton
 import triton.language as tl
+
 from rlvr_fast.kernels.config import HEAD_TILES
 
 BLOCK_ELEMENTS = 2048  # 8 KiB in flight per program, 16 accumulators a thread

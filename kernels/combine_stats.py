@@ -14,6 +14,7 @@ times the memory it fills.
 import torch
 import triton
 import triton.language as tl
+
 from rlvr_fast.kernels.logit_tile import LN_2, LOG2_E, soft_cap
 
 BLOCK_ROWS = 8

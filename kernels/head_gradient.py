@@ -17,6 +17,7 @@ faster on peaked rows but drops what a gap between two close class means may con
 import torch
 import triton
 import triton.language as tl
+
 from rlvr_fast.kernels.aot import head_specializations
 from rlvr_fast.kernels.config import HeadTile
 from rlvr_fast.kernels.logit_tile import (

@@ -20,6 +20,7 @@ subtracted later (1 - p has no digits).
 import torch
 import triton
 import triton.language as tl
+
 from rlvr_fast.kernels.aot import head_specializations
 from rlvr_fast.kernels.config import HeadTile
 from rlvr_fast.kernels.logit_tile import (

@@ -7,8 +7,9 @@ temperature saves a multiplication per entry.
 import torch
 import triton
 import triton.language as tl
-from rlvr_fast.kernels.config import HeadTile
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from rlvr_fast.kernels.config import HeadTile
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)

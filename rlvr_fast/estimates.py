@@ -58,14 +58,14 @@ def estimate_gap(moments: Moments) -> GapEstimate:
 
 
 def _noise(square, total_sq, n):
-    """tr Σ̂ = (Q − ‖S‖²/n)/(n − 1); NaN for fewer than two responses."""
-    return torch.where(n >= 2, (square - total_sq / n) / (n - 1), torch.nan)
+    """tr Σ̂ = (Q − ‖S‖²/n)/(n − 1); NaN for fewer than two responses, 0 (not a rounding below it) for equal ones."""
+    return torch.where(n >= 2, ((square - total_sq / n) / (n - 1)).clamp(min=0.0), torch.nan)
 
 
 def _pooled_noise(square, total_sq, n):
     """[1, 2]: tr Σ̂ per class, pooled over the prompts with at least two responses in it; NaN if there is none."""
     rich = n >= 2
-    spread = torch.where(rich, square - total_sq / n, 0.0).sum(0, keepdim=True)
+    spread = torch.where(rich, (square - total_sq / n).clamp(min=0.0), 0.0).sum(0, keepdim=True)
     freedom = torch.where(rich, n - 1, 0.0).sum(0, keepdim=True)
     return torch.where(freedom > 0, spread / freedom, torch.nan)
 

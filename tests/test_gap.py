@@ -16,7 +16,7 @@ from policies import TabularPolicy, classes_of, partitions, random_rollouts, ref
 
 import rlvr_fast as rf
 import rlvr_fast.reference as ref
-from rlvr_fast import ResponseGradients, Rollouts, gap_from_gradients, gradient_gap
+from rlvr_fast import ResponseGradients, Responses, Rollouts, gap_from_gradients, gradient_gap
 from rlvr_fast.backends import available, torch_backend
 
 LEVELS = ("logits", "hidden", "head")
@@ -483,3 +483,17 @@ def test_results_repeat_bit_for_bit(generator):
     one, two = (gradient_gap(hidden, weight, rollouts, **options) for _ in range(2))
     assert torch.equal(one.gradients.vectors, two.gradients.vectors)
     assert torch.equal(one.norm_sq.nan_to_num(), two.norm_sq.nan_to_num())
+
+
+def test_equal_responses_leave_finite_errors():
+    """With one right answer all correct gradients are equal: their noise is 0, and rounding must not make it less,
+    or the error of a prompt that borrows it is the root of a negative number."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        correct = torch.rand(64, generator=generator) < 0.6
+        prompt = torch.arange(64) // 8
+        vectors = torch.randn(8, 2, 4, generator=generator)[prompt, correct.long()]
+        gradients = ResponseGradients(Responses(correct, prompt, tuple(range(8))), vectors)
+        gap = rf.gap_from_gradients(gradients, level="hidden", length_norm=True)
+        assert gap.stderr[gap.defined].isfinite().all()
+        assert torch.allclose(gap.norm_sq[gap.defined], gap.norm_sq_naive[gap.defined], rtol=1e-6)

@@ -1,90 +1,28 @@
-"""The Triton backend against the float64 specification: on the GPU where there is one, else in Triton's interpreter.
-
-Tolerances follow from fp32 logits that are off by ``logit_error``: two roundings of the largest logit and a dot product
-of D terms. logp and lse inherit it, probabilities inherit it relatively, once per power. Gradients round each
-derivative to the operands' dtype: half an ulp, relative to the sum of what is added up, on top of that.
-"""
+"""The Triton backend's statistics against the specification: on the GPU where there is one, else interpreted."""
 
 from __future__ import annotations
 
-import os
-from itertools import pairwise
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
-
 import pytest
 import torch
-from policies import HeadProblem, reference_pass, within, worst
-from rlvr_fast.kernels import config
+from kernel_cases import (
+    BF16,
+    EPS,
+    FP16,
+    HALF_ULP,
+    PROBLEMS,
+    Case,
+    assert_close_to_terms,
+    assert_pass,
+    random_coefficients,
+)
+from policies import HeadProblem, within
 
 import rlvr_fast.reference as ref
 from rlvr_fast.backends import TokenPass, triton_backend
 from rlvr_fast.head import Head
+from rlvr_fast.kernels import config
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
-BF16, FP16 = torch.bfloat16, torch.float16
-EPS = 2.0**-23
-HALF_ULP = {torch.float32: 2.0**-24, FP16: 2.0**-11, BF16: 2.0**-8}
-PROBLEMS = (
-    HeadProblem(1, 1, 2),
-    HeadProblem(2, 5, 1),
-    HeadProblem(33, 5, 19, bias="random"),
-    HeadProblem(33, 64, 17, BF16, bias="random", temperature=0.7),
-    HeadProblem(67, 24, 18, FP16, temperature=2.0, softcap=5.0),
-    HeadProblem(101, 16, 33),
-    HeadProblem(101, 37, 5, BF16, softcap=30.0, spread=10.0),
-    HeadProblem(131, 40, 6, bias="masked", temperature=0.3, softcap=3.0),
-    HeadProblem(131, 19, 6, FP16, bias="masked"),
-    HeadProblem(257, 16, 3, BF16, bias="masked", spread=8.0),
-)
-BIASED = (
-    HeadProblem(33, 5, 19, bias="random"),
-    HeadProblem(101, 24, 9, BF16, bias="random"),
-    HeadProblem(67, 24, 18, FP16, bias="random", temperature=0.4, softcap=5.0),
-)
-
-
-class Case:
-    """A problem on the device, with what the reference says of it."""
-
-    def __init__(self, problem: HeadProblem, device: torch.device, tensors: tuple | None = None):
-        self.hidden, self.weight, self.tokens, self.bias = tensors or problem.tensors()
-        options = (self.bias, problem.temperature, problem.softcap)
-        self.z = ref.logits(self.hidden, self.weight, *options)
-        self.slope = ref.logit_slope(self.hidden, self.weight, *options)
-        self.score = ref.score(self.z, self.tokens, self.slope)
-        self.expected = reference_pass(self.hidden, self.weight, self.tokens, *options)
-        largest = self.z[self.z.isfinite()].abs().max().item()
-        chain = problem.spread * problem.width**0.5 + (problem.softcap or 0.0)
-        self.error = 2 * EPS * (largest + chain / problem.temperature)
-        bias = None if self.bias is None else self.bias.to(device)
-        self.head = Head(self.weight.to(device), bias, problem.temperature, problem.softcap)
-        self.inputs = (self.hidden.to(device), self.tokens.to(device), self.head)
-
-    def token_pass(self) -> TokenPass:
-        """The reference's statistics in float32, so that gradients are tested apart from the forward pass."""
-        device = self.inputs[0].device
-        return TokenPass(*(self.expected[name].float().to(device) for name in TokenPass._fields))
-
-
-def assert_pass(actual: TokenPass, expected: dict[str, torch.Tensor], error: float) -> None:
-    tolerances = {"logp": {"atol": 2 * error}, "lse": {"atol": error, "rtol": EPS},
-                  "entropy": {"atol": 4 * error, "rtol": 4 * EPS}, "off_mass": {"rtol": 2 * error + 4 * EPS},
-                  "sum_p_sq": {"rtol": 4 * error + 4 * EPS}, "score_sq": {"rtol": 4 * error + 8 * EPS}}
-    for name, tolerance in tolerances.items():
-        column = getattr(actual, name)
-        assert column.dtype == torch.float32
-        assert within(column.cpu(), expected[name], **tolerance), f"{name}: {worst(column.cpu(), expected[name])}"
-
-
-def assert_close_to_terms(actual: torch.Tensor, expected: torch.Tensor, terms: torch.Tensor, rtol: float) -> None:
-    """|actual - expected| against the sum of the magnitudes that were added up."""
-    excess = (actual.cpu().double() - expected).abs() - rtol * terms
-    assert (excess <= 1e-30).all(), f"{worst(actual.cpu(), expected)}; beyond the allowed by {excess.max():.3g}"
-
-
-def random_coefficients(n: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(n, generator=generator)
 
 
 # -- statistics and sums ----------------------------------------------------------------------------------------------
@@ -241,96 +179,6 @@ def test_nan_stays_in_its_row(device):
     for name in TokenPass._fields:
         assert getattr(actual, name)[7].isnan(), name
         assert torch.equal(getattr(actual, name)[others], getattr(clean, name)[others]), name
-
-
-# -- gradients --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_hidden_gradient_matches_the_reference(problem, device):
-    case = Case(problem, device)
-    gradient = triton_backend.hidden_gradient(*case.inputs, case.token_pass())
-    assert gradient.dtype == torch.float32
-    terms = ref.hidden_gradient(case.score.abs(), case.weight.abs())
-    rounding = 4 * case.error + 16 * EPS + 2 * HALF_ULP[problem.dtype]
-    assert_close_to_terms(gradient, ref.hidden_gradient(case.score, case.weight), terms, rounding)
-
-
-@pytest.mark.parametrize(("which", "needs"), [("both", (True, True, True)), ("logp", (False, True, False)),
-                                              ("entropy", (True, False, True))], ids=str)
-@pytest.mark.parametrize("problem", BIASED, ids=str)
-def test_backward_matches_autograd(problem, which, needs, device, generator):
-    case = Case(problem, device)
-    leaves = [x.double().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
-    z = ref.logits(*leaves, problem.temperature, problem.softcap)
-    grads = [torch.randn(problem.n_tokens, generator=generator) if which in (name, "both") else None
-             for name in ("logp", "entropy")]
-    objective = sum((value * grad).sum() for value, grad in
-                    zip((ref.log_prob(z, case.tokens), ref.entropy(z)), grads, strict=True) if grad is not None)
-    expected = torch.autograd.grad(objective, leaves)
-    on_device = [None if grad is None else grad.to(device) for grad in grads]
-    actual = triton_backend.linear_logprob_backward(*on_device, *case.inputs, case.token_pass(), needs)
-    inputs = (case.hidden, case.weight, case.bias)
-    for gradient, exact, needed, leaf in zip(actual, expected, needs, inputs, strict=True):
-        assert (gradient is not None) == needed
-        if needed:
-            assert gradient.dtype == leaf.dtype
-            rounding = 64 * (case.error + EPS) + 6 * HALF_ULP[problem.dtype]
-            assert within(gradient.cpu(), exact, rtol=rounding, atol=rounding * exact.abs().max().item())
-
-
-def test_blocks_do_not_change_the_gradients(device, generator, monkeypatch):
-    """Several blocks of tokens and of vocabulary add up to the gradient from one block, to rounding."""
-    case = Case(HeadProblem(70, 16, 20), device)
-    grads = [torch.randn(20, generator=generator).to(device) for _ in range(2)]
-    arguments = (*grads, *case.inputs, case.token_pass(), (True, True, False))
-    whole = triton_backend.linear_logprob_backward(*arguments)
-    monkeypatch.setattr(config, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(triton_backend, "_BLOCK_ROWS", 16)
-    for one, many in zip(whole[:2], triton_backend.linear_logprob_backward(*arguments)[:2], strict=True):
-        assert within(many.cpu(), one.cpu(), rtol=64 * EPS, atol=64 * EPS * one.abs().max().item())
-
-
-def test_fp16_gradients_of_small_coefficients_do_not_vanish(device):
-    """A loss averaged over 1e7 tokens has coefficients below fp16's smallest number; the gradient's ratio stays."""
-    case = Case(HeadProblem(101, 16, 8, FP16), device)
-    ones = torch.ones(8).to(device)
-
-    def hidden_gradient(coefficient):
-        case32 = (case.inputs[0].float(), case.inputs[1], Head(case.head.weight.float()))
-        half = triton_backend.linear_logprob_backward(ones * coefficient, None, *case.inputs, case.token_pass(),
-                                                      (False, True, False))[1]
-        full = triton_backend.linear_logprob_backward(ones * coefficient, None, *case32, case.token_pass(),
-                                                      (False, True, False))[1]
-        return half.cpu(), full.cpu()
-
-    half, full = hidden_gradient(1e-3)
-    assert within(half, full, rtol=2.0**-9, atol=2.0**-9 * full.abs().max().item())
-    tiny_half, tiny_full = hidden_gradient(1e-7)
-    smallest = 2.0**-24  # of fp16, the dtype of the result
-    assert within(tiny_half, tiny_full, rtol=2.0**-9, atol=smallest)
-
-
-@pytest.mark.parametrize("width", [5, 40], ids=["slices", "pairs"])
-@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
-def test_gram_matrices_match_the_reference(width, dtype, device, generator, monkeypatch):
-    """Two prompts, interleaved spans, an empty response; more tokens than D and fewer; several vocabulary slices."""
-    monkeypatch.setattr(config, "CHUNK_BYTES", 4096)
-    problem = HeadProblem(101, width, 20, dtype, temperature=0.7, softcap=9.0)
-    case = Case(problem, device)
-    cu_seqlens = [0, 6, 6, 11, 20]
-    spans = list(pairwise(cu_seqlens))
-    groups = [[0, 1, 3], [2]]
-    coefficients = random_coefficients(20, generator)
-    actual = triton_backend.head_gram(*case.inputs, case.token_pass(), coefficients.to(device),
-                                      [[spans[i] for i in group] for group in groups])
-    gradients = ref.response_gradients_head(case.score, case.hidden, coefficients.double(), cu_seqlens)
-    for gram, group in zip(actual, groups, strict=True):
-        expected = gradients[group] @ gradients[group].T
-        norms = expected.diagonal().sqrt()
-        assert gram.dtype == torch.float64
-        rounding = 16 * (case.error + EPS) + 4 * HALF_ULP[dtype]
-        assert ((gram.cpu() - expected).abs() <= rounding * norms[:, None] * norms[None, :]).all()
 
 
 # -- shapes and layouts -----------------------------------------------------------------------------------------------

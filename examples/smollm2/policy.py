@@ -84,15 +84,17 @@ class Policy:
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """[N, D] final hidden states at the positions that predict the response tokens, in rollout order."""
-        rows = torch.cat([batch.questions, batch.completions[:, :-1].clamp(min=0)], 1)
-        distinct, row = rows.unique(dim=0, return_inverse=True)
-        hidden = self._run(distinct, self._prefix_cache(len(distinct)))
-        return batch.rollouts.pack(hidden[row, batch.questions.shape[1] - 1:])
+        hidden, _, where = self._distinct_hidden(batch)
+        return batch.rollouts.pack(hidden[where])
 
     @torch.no_grad()
     def logp(self, batch: Batch) -> torch.Tensor:
         """[N] log-probs of the response tokens."""
-        return rf.token_stats(self.hidden(batch), self.head, batch.rollouts.tokens).logp
+        hidden, tokens, where = self._distinct_hidden(batch)
+        valid = tokens != IGNORED
+        logp = hidden.new_zeros(tokens.shape)
+        logp[valid] = rf.token_stats(hidden[valid], self.head, tokens[valid]).logp
+        return batch.rollouts.pack(logp[where])
 
     def success(self, sums: list[Sum]) -> torch.Tensor:
         """[P] float64, the exact success rate on each prompt: the probability of its one right answer."""
@@ -101,6 +103,13 @@ class Policy:
         rollouts = rf.Rollouts.from_padded(completions, None, torch.ones(len(sums)), group_size=1)
         logp = self.logp(Batch(self._questions(sums), completions, rollouts))
         return torch.segment_reduce(logp.double(), "sum", lengths=rollouts.lengths).exp()
+
+    def _distinct_hidden(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the U distinct responses: hidden states [U, T, D], tokens [U, T]; and [B], which of them each one is."""
+        width = batch.questions.shape[1]
+        rows, where = torch.cat([batch.questions, batch.completions], 1).unique(dim=0, return_inverse=True)
+        hidden = self._run(rows[:, :-1].clamp(min=0), self._prefix_cache(len(rows)))  # padding follows: of no effect
+        return hidden[:, width - 1:], rows[:, width:], where
 
     def _questions(self, sums: list[Sum]) -> torch.Tensor:
         return self._encode([item.question for item in sums])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from arithmetic.report import STYLES
@@ -68,9 +69,9 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 def batch_row(record: StepRecord) -> list[str]:
     """One cell per entry of ``BATCH``."""
-    seconds = record.training_seconds + record.analysis_seconds
-    return [str(record.step), f"{record.training_success:.2f}", f"{record.forecast.mixed_share:.0%}",
-            f"{record.entropy:.2f}", f"{record.forecast.gap_norm_sq:.2f} ± {record.forecast.gap_norm_sq_stderr:.2f}",
+    forecast, seconds = record.forecast, record.training_seconds + record.analysis_seconds
+    return [str(record.step), f"{record.training_success:.2f}", f"{forecast.mixed_share:.0%}",
+            f"{record.entropy:.2f}", _with_error(forecast.gap_norm_sq, forecast.gap_norm_sq_stderr, ".2f"),
             f"{seconds:.0f}", f"{record.analysis_seconds / seconds:.0%}"]
 
 
@@ -89,8 +90,8 @@ def _predicted(record: StepRecord) -> str:
     return _with_error(record.forecast.predicted_log_odds_gain, record.predicted_gain_stderr) + doubt
 
 
-def _with_error(value: float, stderr: float) -> str:
-    return f"{value:+.2f} ± {stderr:.2f}"
+def _with_error(value: float, stderr: float, spec: str = "+.2f") -> str:
+    return "n/a" if math.isnan(value) else f"{value:{spec}} ± {stderr:.2f}"
 
 
 def _fraction(break_even: float, shortest: float, longest: float) -> str:
@@ -137,10 +138,11 @@ def summary(records: list[StepRecord]) -> str:
             rose = sum(record.exact_gain > 0 for record in judged)
             lines.append(f"Judged {verdict} ({meaning}) before they were taken: {len(judged)}. Of these, {rose} raised "
                          f"the success rate and {len(judged) - rose} did not.")
+    if reached:
+        lines.append(f"Of {len(reached)} steps that the rollouts could speak for, the predicted log-odds gain was "
+                     f"within two standard errors of the exact one in {agreed}.")
     lines += [
-        f"{len(reached)} of {n} steps were short enough for the rollouts to speak for; the predicted log-odds gain was "
-        f"within two standard errors of the exact one in {agreed} of these. Where they ended, {past_peak} of {n} "
-        "updates pointed downhill by two standard errors: they were past their peak.",
+        f"Past their peak by two standard errors, seen from where they ended: {past_peak} of {n} updates.",
         f"The gap with its error took {gap / training:.1%} of the time of sampling and training. All analysis, with "
         f"its {len(first.scan.multiples)} trial steps and the held-out rollouts, took "
         f"{analysis / (analysis + training):.0%} of the steps' time.",

@@ -44,7 +44,7 @@ def unavailable(device: torch.device) -> str | None:
     if triton is None:
         return f"its kernels cannot be imported ({IMPORT_ERROR})"
     if device.type != "cuda" and not (device.type == "cpu" and triton.knobs.runtime.interpret):
-        return (f"Triton kernels need a GPU (or TRITON_INTERPRET=1, set before triton is imported, to interpret them on "
+        return ("Triton kernels need a GPU (or TRITON_INTERPRET=1, set before triton is imported, to interpret them on "
                 f"the CPU), the tensors are on {device}")
     return None
 
