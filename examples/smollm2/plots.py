@@ -19,7 +19,8 @@ from smollm2.record import ANALYSIS, TRAINING, StepRecord
 BLUE, RED, YELLOW, BLACK = "#0072B2", "#D55E00", "#E69F00", "#222222"
 SECTIONS = dict(zip((*TRAINING, *ANALYSIS), ("#BBBBBB", "#888888", BLACK, "#CC79A7", YELLOW, BLUE, "#56B4E9"),
                     strict=True))
-MOST_SCANS = 6  # panels in the figure of the scans; of a longer run the last steps
+VERDICTS = {"safe": "#009E73", "near": "#F0E442", "overshoot": RED, "undetermined": "#999999"}
+MOST_SCANS = 9  # panels in the figure of the scans; of a longer run the last steps
 
 
 def save_plots(records: Sequence[StepRecord], folder: Path) -> None:
@@ -32,11 +33,15 @@ def save_plots(records: Sequence[StepRecord], folder: Path) -> None:
         plt.close(figure)
 
         shown = records[-MOST_SCANS:]
-        figure, axes = plt.subplots(1, len(shown), figsize=(1.5 + 3.6 * len(shown), 4.2), sharey=True, squeeze=False,
+        columns = min(3, len(shown))
+        rows = -(-len(shown) // columns)
+        figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.5 * rows + 0.5), squeeze=False,
                                     layout="constrained")
-        for axis, record in zip(axes.flat, shown, strict=True):
+        for axis, record in zip(axes.flat, shown, strict=False):
             _scan(axis, record)
-        axes[0, 0].set_ylabel("change of the held-out success rate")
+        for axis in axes.flat[len(shown):]:
+            axis.axis("off")
+        figure.supylabel("change of the held-out success rate", fontsize="medium")
         entries = {label: handle for axis in axes.flat
                    for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
         figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3)
@@ -57,7 +62,7 @@ def _points(axis: Axes, steps: Sequence[float], values: Sequence[float], errors:
     axis.errorbar(steps, values, [2 * error for error in errors], fmt="o", color=colour, capsize=3, label=label)
 
 
-def _headroom(axis: Axes, share: float = 0.35) -> None:
+def _headroom(axis: Axes, share: float) -> None:
     """Room for the legend above the data."""
     low, high = axis.get_ylim()
     axis.set_ylim(low, high + share * (high - low))
@@ -76,7 +81,7 @@ def _gains(axis: Axes, records: Sequence[StepRecord]) -> None:
     steps = _steps(axis, records, "Log-odds gain, and the verdict beforehand", "gain ± two standard errors")
     for label, colour, chosen in (
         ("predicted before the step", BLUE, [r for r in records if r.scan.reach >= 1]),
-        ("the same, effective sample too small", "#BBBBBB", [r for r in records if r.scan.reach < 1]),
+        ("predicted, effective sample too small", "#888888", [r for r in records if r.scan.reach < 1]),
     ):
         if chosen:
             _points(axis, [r.step - 0.1 for r in chosen], [r.forecast.predicted_log_odds_gain for r in chosen],
@@ -86,11 +91,11 @@ def _gains(axis: Axes, records: Sequence[StepRecord]) -> None:
     axis.hlines([r.exact_gain for r in records], [step - 0.25 for step in steps], [step + 0.25 for step in steps],
                 color=BLACK, linewidth=2, label="exact")
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.margins(y=0.12)
-    for record in records:
-        axis.annotate(record.forecast.verdict, (record.step, 0), xycoords=("data", "axes fraction"), xytext=(0, 4),
-                      textcoords="offset points", ha="center", fontsize=9)
-    _headroom(axis)
+    for verdict, colour in VERDICTS.items():
+        for i, record in enumerate(r for r in records if r.forecast.verdict == verdict):
+            axis.axvspan(record.step - 0.48, record.step + 0.48, color=colour, alpha=0.18, linewidth=0,
+                         label=None if i else f"judged {verdict}")
+    _headroom(axis, 0.55)
     axis.legend(loc="upper right")
 
 
