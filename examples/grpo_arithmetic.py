@@ -36,7 +36,7 @@ class Settings:
 
     safe_rate: float = 5e-4
     large_rate: float = 5e-3
-    safe_steps: int = 50
+    safe_steps: int = 40
     large_steps: int = 24
     ramp_steps: int = 16  # the learning rate grows to its full size over these
     warm_up_success: float = 0.3
