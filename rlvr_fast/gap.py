@@ -33,7 +33,8 @@ class Gap:
         success_rate: [P] float64 n₊ / (n₊ + n₋).
         norm_sq: [P] float64, unbiased ‖g⁺ − g⁻‖²; may be negative where there is no gap to see.
         norm_sq_naive: [P] float64, the plug-in value, biased up by the noise.
-        stderr: [P] float64, jackknife standard error of ``norm_sq``.
+        stderr: [P] float64, jackknife standard error of ``norm_sq``. It knows the sampled responses only: where those
+            of a class are all equal, their share of it is 0.
         defined: [P] bool, both classes present; norms and errors are NaN where not.
         pooled: [P] bool, a class of one response borrowed the noise of the other prompts; NaN if there was none.
         correct_mean, incorrect_mean, vector: [P, K] float32 class means and their difference for the levels that

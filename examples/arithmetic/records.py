@@ -47,6 +47,7 @@ class Forecast:
         proposed = scan.multiples.index(1)
         success = scan.success_before.item()
         gain, gain_stderr = scan.success_gain[proposed].item(), scan.success_gain_stderr[proposed].item()
+        end = success + gain
         break_even = scan.success_break_even.item()
         return cls(
             learning_rate=learning_rate,
@@ -58,9 +59,9 @@ class Forecast:
             success=success,
             predicted_success_gain=gain,
             predicted_success_gain_stderr=gain_stderr,
-            predicted_log_odds_gain=log_odds(success + gain) - log_odds(success),
-            # d logit J / dJ = 1 / (J (1 - J))
-            predicted_log_odds_gain_stderr=gain_stderr / (success * (1 - success)) if 0 < success < 1 else math.nan,
+            predicted_log_odds_gain=log_odds(end) - log_odds(success),
+            # d logit J / dJ = 1 / (J (1 - J)), where the step is to end
+            predicted_log_odds_gain_stderr=gain_stderr / (end * (1 - end)) if 0 < end < 1 else math.nan,
             break_even=break_even,
             fraction_of_break_even=1 / min(max(break_even, scan.multiples[0]), scan.multiples[-1]),
             effective_share=scan.ess_fraction[proposed].item(),

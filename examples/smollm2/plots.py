@@ -85,7 +85,7 @@ def _gains(axis: Axes, records: Sequence[StepRecord]) -> None:
     ):
         if chosen:
             _points(axis, [r.step - 0.1 for r in chosen], [r.forecast.predicted_log_odds_gain for r in chosen],
-                    [r.predicted_gain_stderr for r in chosen], colour, label)
+                    [r.forecast.predicted_log_odds_gain_stderr for r in chosen], colour, label)
     _points(axis, [step + 0.1 for step in steps], [r.counted_gain for r in records],
             [r.counted_gain_stderr for r in records], YELLOW, "counted in fresh rollouts after it")
     axis.hlines([r.exact_gain for r in records], [step - 0.25 for step in steps], [step + 0.25 for step in steps],

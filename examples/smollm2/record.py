@@ -100,12 +100,6 @@ class StepRecord:
         return log_odds(self.exact_after) - log_odds(self.exact_before)
 
     @property
-    def predicted_gain_stderr(self) -> float:
-        """Standard error of the forecast's log-odds gain by the delta method, taken where the step is to end."""
-        rate = self.forecast.success + self.forecast.predicted_success_gain
-        return self.forecast.predicted_success_gain_stderr / (rate * (1 - rate)) if 0 < rate < 1 else math.nan
-
-    @property
     def training_seconds(self) -> float:
         return sum(self.seconds[section] for section in TRAINING)
 

@@ -87,7 +87,7 @@ def update_row(record: StepRecord, verdict: str) -> list[str]:
 
 def _predicted(record: StepRecord) -> str:
     doubt = " ?" if record.scan.reach < 1 else ""
-    return _with_error(record.forecast.predicted_log_odds_gain, record.predicted_gain_stderr) + doubt
+    return _with_error(record.forecast.predicted_log_odds_gain, record.forecast.predicted_log_odds_gain_stderr) + doubt
 
 
 def _with_error(value: float, stderr: float, spec: str = "+.2f") -> str:
@@ -127,7 +127,8 @@ def summary(records: list[StepRecord]) -> str:
         *((record.training_seconds, record.seconds["gap"], record.analysis_seconds) for record in records),
         strict=True))
     reached = [record for record in records if record.scan.reach >= 1]
-    agreed = sum(abs(record.forecast.predicted_log_odds_gain - record.exact_gain) <= 2 * record.predicted_gain_stderr
+    agreed = sum(abs(record.forecast.predicted_log_odds_gain - record.exact_gain)
+                 <= 2 * record.forecast.predicted_log_odds_gain_stderr
                  for record in reached)
     past_peak = sum(record.end_alignment < -2 * record.end_alignment_stderr for record in records)
     lines = [f"In {n} steps the exact success rate on held-out sums went from {first.exact_before:.3f} to "
