@@ -68,8 +68,12 @@ HEAD_TILES = {
 CHUNK_BYTES = 512 << 20
 
 
-def head_tile(device: torch.device, dtype: torch.dtype, softcap: float | None) -> HeadTile:
-    """The tile for operands of ``dtype`` on ``device``; a CPU device means the Triton interpreter."""
+def head_tile(device: torch.device, dtype: torch.dtype, softcap: float | None,
+              shape: tuple[int, int, int]) -> HeadTile:
+    """The tile for operands of ``dtype`` on ``device``; a CPU device means the Triton interpreter.
+
+    ``shape``: (N, V, D) of the product.
+    """
     tile = HEAD_TILES[architecture(device), dtype.itemsize]
     return tile if softcap is None else tile.with_softcap()
 

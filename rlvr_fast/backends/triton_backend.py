@@ -56,7 +56,7 @@ def unavailable(device: torch.device) -> str | None:
 def head_pass(hidden: torch.Tensor, tokens: torch.Tensor, head: Head) -> TokenPass:
     """Statistics of every token: one N·V·D product, no [N, V] buffer."""
     hidden, weight, bias = _adjacent(hidden, head)
-    tile = head_tile(hidden.device, hidden.dtype, head.softcap)
+    tile = head_tile(hidden.device, hidden.dtype, head.softcap, (len(hidden), *weight.shape))
     results = torch.empty(N_RESULTS, len(hidden), dtype=torch.float32, device=hidden.device)
     statistics_bytes = 20 * triton.cdiv(len(weight), tile.slice_columns)
     for start, end in chunks(len(hidden), chunk_size(len(hidden), statistics_bytes, tile.rows)):
@@ -72,7 +72,7 @@ def head_pass_with_sums(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, 
     One product, which also leaves the softmax numerators of a chunk of tokens in float32, and one sweep over them.
     """
     hidden, weight, bias = _adjacent(hidden, head)
-    tile = head_tile(hidden.device, hidden.dtype, head.softcap)
+    tile = head_tile(hidden.device, hidden.dtype, head.softcap, (len(hidden), *weight.shape))
     coefficients = coefficients.to(torch.float32).contiguous()
     cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
     n_tokens, vocabulary = len(hidden), len(weight)
@@ -206,7 +206,7 @@ def _gradient_blocks(hidden, tokens, head, lse, slope, entropy_slope, target, *,
     if n_tokens == 0:
         return
     hidden, weight, bias = _adjacent(hidden, head)
-    tile = head_tile(hidden.device, hidden.dtype, head.softcap)
+    tile = head_tile(hidden.device, hidden.dtype, head.softcap, (len(hidden), *weight.shape))
     height = n_tokens if all_rows else min(n_tokens, _BLOCK_ROWS)
     width = chunk_size(len(weight), height * dtype.itemsize, tile.columns)
     width = min(width, len(weight), max_width or width)
