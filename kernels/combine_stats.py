@@ -3,7 +3,9 @@
 With M the largest held-out logit, S = Σ_{v≠y} e^(z_v - M) and L = z_y - M - log S the sampled token's log-odds:
     logp = min(L, 0) - log1p(e^-|L|),   off_mass = 1 / (1 + e^L),   p_v = e^(z_v - M) · off_mass / S  for v ≠ y,
     entropy = -p_y logp + off_mass · [(lse - M) - Σ e·x / S]: every term is >= 0, so nothing cancels.
-A token whose own logit is -inf has logp -inf; a row with every logit at -inf has no distribution and gives NaN.
+A token whose own logit is -inf has logp -inf; a row with every logit at -inf has no distribution and gives NaN. A
+sampled token that is not in this shard of the vocabulary (id -1) has logp -inf and no share in the score; a shard with
+every logit at -inf then has lse -inf and no mass.
 
 Traffic: the partials, read once: 16-20 bytes per row and slice of 64 columns, 0.07 ms at N = 8192, V = 152k and
 4.3 TB/s. Prediction: 0.1 ms, since each program makes 10 dependent steps. Not yet measured on a GPU. Weighed and
@@ -15,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rlvr_fast.kernels.logit_tile import LN_2, LOG2_E, soft_cap
+from rlvr_fast.kernels.logit_tile import LN_2, LOG2_E, NUMERATOR_BITS, soft_cap
 
 BLOCK_ROWS = 8
 BLOCK_SLICES = 256
@@ -33,8 +35,9 @@ def log1p_unit(x):
 
 
 @triton.jit
-def combine_stats_kernel(partials, target_raw, results, n_rows, n_slices, plane_stride, result_stride, logit_scale,
-                         inverse_temperature, softcap, BLOCK_ROWS: tl.constexpr, BLOCK_SLICES: tl.constexpr):
+def combine_stats_kernel(partials, tokens, target_raw, results, n_rows, n_slices, plane_stride, result_stride,
+                         logit_scale, inverse_temperature, softcap, BLOCK_ROWS: tl.constexpr,
+                         BLOCK_SLICES: tl.constexpr):
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside_rows = rows < n_rows
     maximum = tl.full((BLOCK_ROWS,), float("-inf"), dtype=tl.float32)
@@ -69,20 +72,23 @@ def combine_stats_kernel(partials, target_raw, results, n_rows, n_slices, plane_
                             + tl.sum(factor * factor * slice_slope_square, axis=0))
         maximum = new_maximum
 
-    raw = tl.load(target_raw + rows, mask=inside_rows, other=0.0)
+    here = tl.load(tokens + rows, mask=inside_rows, other=0) >= 0
+    raw = tl.load(target_raw + rows, mask=inside_rows & here, other=0.0)
     if softcap is None:
         z = raw * logit_scale
-        target_slope = tl.full((BLOCK_ROWS,), 1.0, dtype=tl.float32)
+        target_slope = tl.where(here, inverse_temperature, 0.0)
         slope_square = square
     else:
-        capped, target_slope = soft_cap(raw, softcap)
+        capped, cap_slope = soft_cap(raw, softcap)
         z = capped * logit_scale
+        target_slope = tl.where(here, cap_slope * inverse_temperature, 0.0)
 
     # Without another token in the vocabulary there is no M; off_mass, its weight, is 0 then.
     has_others = mass != 0.0
     mass = tl.where(has_others, mass, 1.0)
     log_mass = tl.where(has_others, tl.log2(mass), float("-inf"))
-    log_odds = z - maximum - log_mass
+    z = tl.where(here, z, float("-inf"))
+    log_odds = tl.where(here, z - maximum - log_mass, float("-inf"))
     smaller = tl.exp2(-tl.abs(log_odds))
     tail = log1p_unit(smaller)
     likely = log_odds >= 0
@@ -94,8 +100,11 @@ def combine_stats_kernel(partials, target_raw, results, n_rows, n_slices, plane_
     above_maximum = tl.where(has_others, tl.maximum(z - maximum, log_mass) * LN_2 + tail, 0.0)
     spread = first / mass * LN_2
     entropy = off_mass * (above_maximum - spread) - tl.where(p == 0.0, 0.0, p * logp)
-    target_draw = off_mass * target_slope * inverse_temperature
+    target_draw = off_mass * target_slope
     others = off_per_mass * inverse_temperature
+    reference = tl.where(has_others, tl.ceil(maximum + log_mass), 0.0)
+    # 2^(reference - M) is at most twice the mass.
+    factor = tl.where(has_others, others * tl.exp2(reference - maximum - NUMERATOR_BITS), 0.0)
 
     base = results + rows
     tl.store(base, logp, mask=inside_rows)
@@ -104,27 +113,29 @@ def combine_stats_kernel(partials, target_raw, results, n_rows, n_slices, plane_
     tl.store(base + 3 * result_stride, p * p + square * off_per_mass * off_per_mass, mask=inside_rows)
     tl.store(base + 4 * result_stride, target_draw * target_draw + slope_square * others * others, mask=inside_rows)
     tl.store(base + 5 * result_stride, off_mass, mask=inside_rows)
-    tl.store(base + 6 * result_stride, maximum, mask=inside_rows)
-    tl.store(base + 7 * result_stride, others, mask=inside_rows)
-    tl.store(base + 8 * result_stride, target_draw, mask=inside_rows)
+    tl.store(base + 6 * result_stride, reference, mask=inside_rows)
+    tl.store(base + 7 * result_stride, factor, mask=inside_rows)
+    tl.store(base + 8 * result_stride, target_slope, mask=inside_rows)
 
 
-def combine_stats(partials: torch.Tensor, target_raw: torch.Tensor, temperature: float, softcap: float | None,
-                  results: torch.Tensor) -> None:
+def combine_stats(partials: torch.Tensor, tokens: torch.Tensor, target_raw: torch.Tensor, temperature: float,
+                  softcap: float | None, results: torch.Tensor) -> None:
     """Fill ``results`` [9, N] float32 (rows may be a column slice of a larger tensor).
 
-    Rows: logp, lse, entropy, sum_p_sq, score_sq, off_mass, then what ``column_sums`` needs: the largest held-out logit
-    (base 2), off_mass / (S·temperature), and ∂ logp/∂ raw_y.
+    Rows: logp, lse, entropy, sum_p_sq, score_sq, off_mass, then what turns ``head_stats``' numerators into
+    derivatives: the integer reference above log2 of the off-target mass S e^M; the factor that makes p_v f_v /
+    temperature of a numerator relative to it; and f_y / temperature, the slope of the sampled token's logit.
     """
     n_slices, n_rows = partials.shape[1:]
     combine_stats_kernel[(triton.cdiv(n_rows, BLOCK_ROWS),)](
-        partials, target_raw, results, n_rows, n_slices, partials.stride(0), results.stride(0), LOG2_E / temperature,
-        1.0 / temperature, softcap, BLOCK_ROWS=BLOCK_ROWS, BLOCK_SLICES=BLOCK_SLICES, num_warps=4)
+        partials, tokens, target_raw, results, n_rows, n_slices, partials.stride(0), results.stride(0),
+        LOG2_E / temperature, 1.0 / temperature, softcap, BLOCK_ROWS=BLOCK_ROWS, BLOCK_SLICES=BLOCK_SLICES, num_warps=4)
 
 
 def aot_specializations() -> list[dict]:
     """What the ahead-of-time compile gate compiles."""
     signature = {name: "*fp32" for name in ("partials", "target_raw", "results")}
+    signature["tokens"] = "*i64"
     signature |= {name: "i32" for name in ("n_rows", "n_slices", "plane_stride", "result_stride")}
     signature |= {"logit_scale": "fp32", "inverse_temperature": "fp32"}
     blocks = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_SLICES": BLOCK_SLICES}

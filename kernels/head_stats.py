@@ -3,18 +3,25 @@
 One program computes a tile of logits on the matrix unit and leaves, per row and column slice of it, the maximum m, Σe,
 Σe², Σe·x and, with a soft cap, Σ(e·f)², where x = z - m (base 2), e = 2^x and f is the soft cap's derivative. The
 sampled token is held out of all of them and its raw logit written apart, so that nothing is lost when it takes nearly
-all of the mass. ``combine_stats`` merges the slices. On request e·f is stored too, for ``column_sums``.
+all of the mass. ``combine_stats`` merges the slices.
+
+On request the softmax numerators 2^(z - ceil(m) + 15)·f are stored too, in the operands' dtype, for ``column_sums``
+and ``score_block``. Their offset is an integer, so that bringing slices to a common one multiplies by powers of two
+and rounds nothing a second time; their largest lies in (2^14, 2^15], which leaves fp16 39 binary digits below it: what
+vanishes there is 2^-40 of the largest entry each, 2e-7 of it over 150,000 entries. The statistics keep m itself: about
+an integer above it the entropy of a nearly certain token would be a difference of two numbers near 1.
 
 Work: 2·N·V·D FLOPs. Traffic besides the operands: 16 bytes per row and slice of 64 columns (20 with a soft cap), which
-is N·V/4 bytes, and 4·N·V bytes if e·f is stored. Floor on an H200 (790 TFLOP/s, bf16), N = 8192: 2.8 ms at V = 151936,
-D = 896; 11.3 ms at V = 152064, D = 3584; statistics 0.07 ms, storing e·f 1.2 ms. Prediction: 1.2-1.4 times the floor,
-because the epilogue (about a dozen instructions per entry, 4 % of the product at D = 3584, 17 % at D = 896) does not
-overlap the product of its own program and one program fills a multiprocessor. Not yet measured on a GPU.
+is N·V/4 bytes, and 2·N·V bytes for 16-bit numerators. Floor on an H200 (790 TFLOP/s, bf16), N = 8192: 2.8 ms at
+V = 151936, D = 896; 11.3 ms at V = 152064, D = 3584; statistics 0.07 ms, numerators 0.6 ms, both written while other
+programs multiply. Prediction: 1.2-1.4 times the floor, because the epilogue (about a dozen instructions per entry, 4 %
+of the product at D = 3584, 17 % at D = 896) does not overlap the product of its own program and one program fills a
+multiprocessor; 2-3 % more with numerators. Not yet measured on a GPU.
 
 Weighed and rejected: one set of statistics per tile, merged in registers (a quarter of the statistics' traffic, but
 the compiler then interleaves the slices and spills 100-500 bytes a thread); a running maximum over many tiles in one
 program (the same, for longer); accumulating across programs with atomics (not repeatable); the target inside and
-subtracted later (1 - p has no digits).
+subtracted later (1 - p has no digits); fp32 numerators (a fifth of the product's time in traffic).
 """
 
 import torch
@@ -25,6 +32,7 @@ from rlvr_fast.kernels.aot import head_specializations
 from rlvr_fast.kernels.config import HeadTile
 from rlvr_fast.kernels.logit_tile import (
     LOG2_E,
+    NUMERATOR_BITS,
     column_slices,
     operands,
     raw_logits,
@@ -68,8 +76,11 @@ def slice_stats(raw, slice_index, bias, tokens, partials, target_raw, numerators
         e *= slope
         tl.store(places + 4 * plane_stride, tl.sum(e * e, axis=1), mask=inside_rows)
     if numerators is not None:
+        anchor = tl.where(maximum == float("-inf"), 0.0, maximum)
+        e *= tl.exp2(anchor - tl.ceil(anchor) + NUMERATOR_BITS)[:, None]
         places = numerators + rows.to(tl.int64)[:, None] * numerator_stride + columns[None, :]
-        tl.store(places, e, mask=inside_rows[:, None] & inside_columns[None, :])
+        inside = inside_rows[:, None] & inside_columns[None, :]
+        tl.store(places, e.to(numerators.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -89,37 +100,41 @@ def head_stats_kernel(hidden, weight, bias, tokens, partials, target_raw, numera
                     n_rows, n_columns, plane_stride, numerator_stride, logit_scale, softcap, BLOCK_ROWS, WIDTH)
 
 
+def n_slices(n_columns: int, tile: HeadTile) -> int:
+    """Slices that a vocabulary of ``n_columns`` has partial statistics for."""
+    return triton.cdiv(n_columns, tile.columns) * tile.slices
+
+
 def head_stats(hidden: torch.Tensor, tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-               temperature: float, softcap: float | None, tile: HeadTile, target_raw: torch.Tensor,
-               numerators: torch.Tensor | None = None) -> torch.Tensor:
-    """Partial statistics of the rows: [4 or 5, vocabulary slices, N] float32: m, Σe, Σe², Σe·x and maybe Σ(e·f)².
+               temperature: float, softcap: float | None, tile: HeadTile, partials: torch.Tensor,
+               target_raw: torch.Tensor, numerators: torch.Tensor | None = None) -> None:
+    """Fill ``partials``, ``target_raw`` and ``numerators`` for all rows and the vocabulary entries of ``weight``.
 
     Args:
         hidden: [N, D], N >= 1; any row stride, elements of a row adjacent.
-        tokens: [N] int64, adjacent.
+        tokens: [N] int64, adjacent. An id outside [0, V) is held out of nothing.
         weight: [V, D] in hidden's dtype; any row stride, elements of a row adjacent.
         bias: [V] adjacent, or None.
-        target_raw: [N] float32, receives the sampled token's raw logit.
-        numerators: [N, V] float32 or None, any row stride, receives e·f of each slice, 0 at the sampled token.
+        partials: [4, or 5 with a soft cap, ``n_slices(V, tile)``, N] float32, each plane adjacent: m, Σe, Σe², Σe·x
+            and maybe Σ(e·f)².
+        target_raw: [N] float32, receives the sampled token's raw logit where its id is in [0, V).
+        numerators: [N, V] float or None, any row stride; 0 at the sampled token.
     """
     n_rows, depth = hidden.shape
     n_columns = weight.shape[0]
     row_tiles, column_tiles = triton.cdiv(n_rows, tile.rows), triton.cdiv(n_columns, tile.columns)
-    partials = torch.empty(4 if softcap is None else 5, column_tiles * tile.slices, n_rows, dtype=torch.float32,
-                           device=hidden.device)
     hidden_operand, weight_operand, loads = operands(hidden, weight, tile)
     head_stats_kernel[(row_tiles * column_tiles,)](
         hidden_operand, weight_operand, bias, tokens, partials, target_raw, numerators, n_rows, n_columns, depth,
         hidden.stride(0), weight.stride(0), partials.stride(0), 0 if numerators is None else numerators.stride(0),
         LOG2_E / temperature, softcap, LOADS=loads, **tile_options(tile),
         num_warps=tile.num_warps, num_stages=tile.num_stages)
-    return partials
 
 
 def aot_specializations() -> list[dict]:
     """What the ahead-of-time compile gate compiles."""
     return head_specializations(
         "head_stats", head_stats_kernel,
-        pointers={"tokens": "*i64", "partials": "*fp32", "target_raw": "*fp32"},
+        pointers={"tokens": "*i64", "partials": "*fp32", "target_raw": "*fp32", "numerators": None},
         integers=("plane_stride", "numerator_stride"),
-        variants=(("", {"numerators": None}), (" sums", {"numerators": "*fp32"})))
+        variants=(("", {"numerators": None}), (" numerators", {})))

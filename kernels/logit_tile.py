@@ -13,6 +13,7 @@ from rlvr_fast.kernels.config import HeadTile
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
+NUMERATOR_BITS = tl.constexpr(15)  # stored softmax numerators are at most 2^15: fp16 ends below 2^16
 
 
 def operands(hidden: torch.Tensor, weight: torch.Tensor, tile: HeadTile) -> tuple:

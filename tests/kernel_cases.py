@@ -7,6 +7,8 @@ derivative to the operands' dtype: half an ulp, relative to the sum of what is a
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from policies import HeadProblem, reference_pass, within, worst
 
@@ -36,6 +38,11 @@ BIASED = (
 )
 
 
+def rounding_error(dtype: torch.dtype, device: torch.device) -> float:
+    """Relative error of one conversion from fp32. Triton's interpreter cuts off bf16's lost digits, a GPU rounds."""
+    return HALF_ULP[dtype] * (2 if dtype == BF16 and device.type == "cpu" else 1)
+
+
 class Case:
     """A problem on the device, with what the reference says of it."""
 
@@ -50,8 +57,23 @@ class Case:
         chain = problem.spread * problem.width**0.5 + (problem.softcap or 0.0)
         self.error = 2 * EPS * (largest + chain / problem.temperature)
         bias = None if self.bias is None else self.bias.to(device)
+        # Of one derivative, and so of a sum of them relative to the sum of magnitudes: p's error, fp32 arithmetic, and
+        # one rounding to the operands' dtype (each is stored once; rescaling by powers of two rounds nothing).
+        self.rounding = rounding_error(self.hidden.dtype, device)
+        self.derivative_error = 4 * self.error + 16 * EPS + self.rounding
         self.head = Head(self.weight.to(device), bias, problem.temperature, problem.softcap)
         self.inputs = (self.hidden.to(device), self.tokens.to(device), self.head)
+
+    def hidden_gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """∂ logp/∂ hidden, and the magnitudes that it is a sum of."""
+        return (ref.hidden_gradient(self.score, self.weight),
+                ref.hidden_gradient(self.score.abs(), self.weight.abs()))
+
+    def score_sums(self, coefficients: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Σ_t c_t ∂ logp_t/∂ raw per response, and the magnitudes that it is a sum of."""
+        c = coefficients.double()
+        return (ref.response_gradients_logits(self.score, c, cu_seqlens),
+                ref.response_gradients_logits(self.score.abs(), c.abs(), cu_seqlens))
 
     def token_pass(self) -> TokenPass:
         """The reference's statistics in float32, so that gradients are tested apart from the forward pass."""
@@ -73,6 +95,34 @@ def assert_close_to_terms(actual: torch.Tensor, expected: torch.Tensor, terms: t
     """|actual - expected| against the sum of the magnitudes that were added up."""
     excess = (actual.cpu().double() - expected).abs() - rtol * terms
     assert (excess <= 1e-30).all(), f"{worst(actual.cpu(), expected)}; beyond the allowed by {excess.max():.3g}"
+
+
+def assert_grams(actual: list[torch.Tensor], case: Case, coefficients: torch.Tensor, cu_seqlens: list[int],
+                 groups: list[list[int]]) -> None:
+    """⟨G_i, G_j⟩ per prompt, to the error of each token's derivative times Σ_t |c_t| ‖∂ logp_t/∂ raw‖ ‖h_t‖.
+
+    Both factors of a product carry the derivative's error, hence twice; the sums over pairs are fp32.
+    """
+    gradients = ref.response_gradients_head(case.score, case.hidden, coefficients.double(), cu_seqlens)
+    size = coefficients.double().abs() * case.score.norm(dim=1) * case.hidden.double().norm(dim=1)
+    sizes = torch.stack([size[start:stop].sum() for start, stop in pairwise(cu_seqlens)])
+    assert len(actual) == len(groups)
+    for gram, group in zip(actual, groups, strict=True):
+        assert gram.dtype == torch.float64
+        excess = ((gram.cpu() - gradients[group] @ gradients[group].T).abs()
+                  - (2 * case.derivative_error + 64 * EPS) * sizes[group][:, None] * sizes[group][None, :])
+        assert (excess <= 1e-30).all(), f"beyond the allowed by {excess.max():.3g}"
+
+
+def peaked(device: torch.device, dtype: torch.dtype) -> Case:
+    """Rows whose target has p = 1 - 5e-4, ..., 1 - 5e-11, off-target mass spread over 69 tokens; exact in any dtype."""
+    heights = torch.tensor([12.0, 18.0, 23.0, 28.0])
+    vocabulary, n = 70, len(heights)
+    hidden = torch.stack([heights, torch.ones(n)], dim=1)
+    weight = torch.stack([torch.zeros(vocabulary), torch.linspace(-2, 1, vocabulary).bfloat16().float()], dim=1)
+    tokens = torch.full((n,), 41)
+    weight[41, 0] = 1.0
+    return Case(HeadProblem(vocabulary, 2, n), device, (hidden.to(dtype), weight.to(dtype), tokens, None))
 
 
 def random_coefficients(n: int, generator: torch.Generator) -> torch.Tensor:

@@ -3,40 +3,51 @@
 Every buffer is bounded by ``config.CHUNK_BYTES`` whatever N and V are, every result repeats bit for bit, and nothing
 waits for the device. Rows of the inputs may be strided; their elements must be adjacent, else the input is copied.
 
-The gradients round the derivatives by the raw logits to the operands' dtype, as any matrix-unit product must, but with
-the sampled token's entry computed from the off-target mass and scaled by a power of two: errors are 2^-9 (bf16) of a
+Derivatives by the raw logits are rounded once to the operands' dtype, as any matrix-unit product must, but with the
+sampled token's entry computed from the off-target mass and scaled by a power of two: errors are 2^-9 (bf16) of a
 derivative, also where the derivative is 1e-9. Products with these blocks are library products with fp32 accumulators
 and results; for fp32 inputs they follow ``torch.backends.cuda.matmul``'s precision.
+
+Products of 2·N·V·D FLOPs, and what the rest takes at D = 3584, V = 152064, bf16 (predictions, not yet measured on a
+GPU): ``head_pass`` 1; ``head_pass_with_sums`` 1 and 0.1 of one for 4·N·V bytes; ``head_pass_with_gradient`` 2 and 0.15
+for 6·N·V bytes; ``hidden_gradient`` after a pass 2; ``linear_logprob_backward`` 1 and 1 per gradient; the Gram matrices
+are counted in ``triton_gram``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import accumulate, pairwise
-
 import torch
 
-from rlvr_fast.backends.base import TokenPass
+from rlvr_fast.backends.base import Merge, TokenPass
 from rlvr_fast.head import Head
 
 try:
     import triton
 
-    from rlvr_fast.kernels import config
+    from rlvr_fast.backends.triton_blocks import (
+        LARGEST,
+        Operands,
+        gradient_blocks,
+        long_product,
+        numerator_chunks,
+        power_of_two,
+        product,
+        split_terms,
+    )
+    from rlvr_fast.backends.triton_gram import head_gram, head_pass_with_gram
     from rlvr_fast.kernels.column_sums import column_sums
-    from rlvr_fast.kernels.combine_stats import N_RESULTS, combine_stats
-    from rlvr_fast.kernels.config import chunk_size, chunks, head_tile
-    from rlvr_fast.kernels.head_gradient import head_gradient
-    from rlvr_fast.kernels.head_stats import head_stats
+    from rlvr_fast.kernels.combine_stats import N_RESULTS
+    from rlvr_fast.kernels.config import chunk_size, chunks
     from rlvr_fast.kernels.logit_tile import LOG2_E
+    from rlvr_fast.kernels.score_block import score_block
 except ImportError as error:
     triton = None
     IMPORT_ERROR = str(error)
 
-# Tokens per block of derivatives where a block need not hold them all: more mean fewer passes over the gradients.
-_BLOCK_ROWS = 16384
-# Derivatives are scaled by powers of two to at most this: fp16 ends below 2^16.
-_LARGEST = 2.0**15
+__all__ = ["head_gram", "head_pass", "head_pass_with_gradient", "head_pass_with_gram", "head_pass_with_sums",
+           "hidden_gradient", "linear_logprob_backward", "through_head", "unavailable"]
+
+_SMALLEST = 2.0**-126  # the smallest normal fp32: row factors below it are probabilities that are nothing
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -55,41 +66,79 @@ def unavailable(device: torch.device) -> str | None:
 @torch.no_grad()
 def head_pass(hidden: torch.Tensor, tokens: torch.Tensor, head: Head) -> TokenPass:
     """Statistics of every token: one N·V·D product, no [N, V] buffer."""
-    hidden, weight, bias = _adjacent(hidden, head)
-    tile = head_tile(hidden.device, hidden.dtype, head.softcap, (len(hidden), *weight.shape))
+    operands = Operands.of(hidden, head)
     results = torch.empty(N_RESULTS, len(hidden), dtype=torch.float32, device=hidden.device)
-    statistics_bytes = 20 * triton.cdiv(len(weight), tile.slice_columns)
-    for start, end in chunks(len(hidden), chunk_size(len(hidden), statistics_bytes, tile.rows)):
-        _chunk_pass(hidden[start:end], tokens[start:end], weight, bias, head, tile, results[:, start:end], None)
+    for start, end in chunks(len(hidden), chunk_size(len(hidden), operands.statistics_bytes, operands.tile.rows)):
+        operands.token_pass(slice(start, end), tokens, results[:, start:end])
     return TokenPass(*results[:6])
 
 
 @torch.no_grad()
 def head_pass_with_sums(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, coefficients: torch.Tensor,
-                        cu_seqlens: torch.Tensor) -> tuple[TokenPass, torch.Tensor]:
+                        cu_seqlens: torch.Tensor, merge: Merge | None = None) -> tuple[TokenPass, torch.Tensor]:
     """The same, and per response Σ_t c_t ∂ logp_t/∂ raw: [R, V] float32.
 
-    One product, which also leaves the softmax numerators of a chunk of tokens in float32, and one sweep over them.
+    One product, which also leaves the softmax numerators of a chunk of tokens in the operands' dtype, and one sweep
+    over them: 4·N·V bytes of traffic for 16-bit operands.
     """
-    hidden, weight, bias = _adjacent(hidden, head)
-    tile = head_tile(hidden.device, hidden.dtype, head.softcap, (len(hidden), *weight.shape))
-    coefficients = coefficients.to(torch.float32).contiguous()
+    operands = Operands.of(hidden, head, merge)
+    coefficients = coefficients.to(torch.float32)
     cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
-    n_tokens, vocabulary = len(hidden), len(weight)
-    results = torch.empty(N_RESULTS, n_tokens, dtype=torch.float32, device=hidden.device)
+    n_tokens, vocabulary = len(hidden), len(operands.weight)
+    results = torch.empty(6, n_tokens, dtype=torch.float32, device=hidden.device)
     sums = torch.zeros(len(cu_seqlens) - 1, vocabulary, dtype=torch.float32, device=hidden.device)
 
-    rows = chunk_size(n_tokens, 4 * vocabulary, tile.rows)
-    numerators = _aligned_rows(min(rows, n_tokens), vocabulary, torch.float32, hidden.device)
-    for (start, end), responses in zip(chunks(n_tokens, rows), _responses_of(cu_seqlens, n_tokens, rows), strict=True):
-        chunk_results, chunk = results[:, start:end], numerators[: end - start, :vocabulary]
-        partials = _chunk_pass(hidden[start:end], tokens[start:end], weight, bias, head, tile, chunk_results, chunk)
-        column_sums(chunk, partials[0], tile.slice_columns, chunk_results[6:], tokens[start:end],
-                    coefficients[start:end], cu_seqlens, responses, start, sums)
-    return TokenPass(*results[:6]), sums
+    rows = chunk_size(n_tokens, _chunk_row_bytes(operands), operands.tile.rows)
+    for chunk, responses in zip(numerator_chunks(operands, tokens, rows, results, merge),
+                                _responses_of(cu_seqlens, n_tokens, rows), strict=True):
+        c = coefficients[chunk.rows]
+        column_sums(chunk.numerators, chunk.slice_maximum, operands.tile.slice_columns, chunk.reference,
+                    c * chunk.factor, c * (chunk.off_mass * chunk.target_slope), tokens[chunk.rows], cu_seqlens,
+                    responses, chunk.rows.start, sums)
+    return TokenPass(*results), sums
+
+
+@torch.no_grad()
+def through_head(sums: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """sums @ weight, [R, V] float32 by [V, D], to fp32 accuracy on the matrix unit.
+
+    Half-precision weights are multiplied by the sums split into three terms of their dtype, all in one product that
+    reads the weight once: 1.1 GB or 0.25 ms at D = 3584, V = 152064 on an H200 (prediction: 0.4 ms). Widening the
+    weight instead moves 10·V·D bytes, 1.3 ms.
+    """
+    if weight.dtype == torch.float32:
+        return sums @ weight
+    terms, scale = split_terms(sums, weight.dtype)
+    parts = long_product(terms.flatten(0, 1), weight).unflatten(0, (3, -1))
+    return (parts[2] + parts[1] + parts[0]) * scale[:, None]
 
 
 # -- gradients --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def head_pass_with_gradient(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, merge: Merge | None = None
+                            ) -> tuple[TokenPass, torch.Tensor]:
+    """Statistics, and ∂ logp/∂ hidden: [N, D] float32, in two N·V·D products.
+
+    The first leaves a chunk's numerators, a sweep turns them into derivatives up to a factor per row, the second
+    multiplies these by the weight.
+    """
+    operands = Operands.of(hidden, head, merge)
+    results = torch.empty(6, len(hidden), dtype=torch.float32, device=hidden.device)
+    gradient = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
+    # Beside the numerators, room for the second product in eight parts.
+    rows = chunk_size(len(hidden), _chunk_row_bytes(operands) + 32 * hidden.shape[1], operands.tile.rows)
+    for chunk in numerator_chunks(operands, tokens, rows, results, merge):
+        at_target = chunk.off_mass * chunk.target_slope
+        factor = chunk.factor.clamp_min(_SMALLEST)
+        # Other shards' tokens count in off_mass: then the target's entry may need a higher reference than this shard's.
+        headroom = torch.log2(at_target / (factor * LARGEST)).ceil().clamp_min(0.0)
+        factor = factor * torch.exp2(headroom)
+        score_block(chunk.numerators, chunk.slice_maximum, operands.tile.slice_columns, chunk.reference + headroom,
+                    tokens[chunk.rows], at_target / factor)
+        torch.mul(long_product(chunk.numerators, operands.weight), factor[:, None], out=gradient[chunk.rows])
+    return TokenPass(*results), gradient
 
 
 @torch.no_grad()
@@ -101,11 +150,11 @@ def hidden_gradient(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, toke
     """
     off_mass = token_pass.off_mass
     others_lse = token_pass.lse + torch.where(off_mass > 0, off_mass, 1.0).log()
-    one = torch.full_like(off_mass, _LARGEST)
+    one = torch.full_like(off_mass, LARGEST)
     gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-    for rows, columns, block in _gradient_blocks(hidden, tokens, head, others_lse, one, None, one):
-        gradient[rows] += _product(block, head.weight[columns])
-    return gradient.mul_((off_mass / (_LARGEST * head.temperature))[:, None])
+    for rows, columns, block in gradient_blocks(hidden, tokens, head, others_lse, one, None, one):
+        gradient[rows] += product(block, head.weight[columns])
+    return gradient.mul_((off_mass / (LARGEST * head.temperature))[:, None])
 
 
 @torch.no_grad()
@@ -114,8 +163,7 @@ def linear_logprob_backward(grad_logp: torch.Tensor | None, grad_entropy: torch.
                             ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of Σ_t (grad_logp_t logp_t + grad_entropy_t H_t) by hidden, weight and bias; None where not needed.
 
-    One product recomputes the logits, and one each gives the hidden and the weight gradient. These are accumulated as
-    [N, D] and [V, D] float32 and come back in the inputs' dtypes.
+    One product recomputes the logits, and one each gives the hidden and the weight gradient, in float32.
     """
     zero = torch.zeros_like(token_pass.logp)
     g = zero if grad_logp is None else grad_logp.to(torch.float32)
@@ -124,131 +172,30 @@ def linear_logprob_backward(grad_logp: torch.Tensor | None, grad_entropy: torch.
     # A target outside the vocabulary has p = 0 and log p = -inf.
     target = g * token_pass.off_mass - k * torch.where(p > 0, p * (token_pass.logp + token_pass.entropy), 0.0)
     # No derivative exceeds |g| + |k| (H + 1/e), before 1/temperature.
-    scale = _power_of_two((g.abs() + k.abs() * (token_pass.entropy + 1)) / head.temperature)
+    scale = power_of_two((g.abs() + k.abs() * (token_pass.entropy + 1)) / head.temperature)
     rate = scale / head.temperature
     entropy_slope = None if grad_entropy is None else k * rate / LOG2_E
-    blocks = _gradient_blocks(hidden, tokens, head, token_pass.lse, (g + k * token_pass.entropy) * rate, entropy_slope,
-                              target * rate)
+    blocks = gradient_blocks(hidden, tokens, head, token_pass.lse, (g + k * token_pass.entropy) * rate, entropy_slope,
+                             target * rate)
     inputs = (hidden, head.weight, head.bias)
     gradients = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) if needed else None
                  for x, needed in zip(inputs, needs, strict=True)]
     for rows, columns, block in blocks if any(needs) else ():
         if needs[0]:
-            gradients[0][rows] += _product(block, head.weight[columns])
+            gradients[0][rows] += product(block, head.weight[columns])
         if needs[1]:
-            gradients[1][columns] += _product(block.T, hidden[rows])
+            gradients[1][columns] += product(block.T, hidden[rows])
         if needs[2]:
             gradients[2][columns] += block.sum(0, dtype=torch.float32)
-    return tuple(None if gradient is None else gradient.div_(scale).to(x.dtype)
-                 for gradient, x in zip(gradients, inputs, strict=True))
-
-
-@torch.no_grad()
-def head_gram(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, token_pass: TokenPass, coefficients: torch.Tensor,
-              groups: list[list[tuple[int, int]]]) -> list[torch.Tensor]:
-    """⟨G_i, G_j⟩ of the responses of each prompt, G_i = Σ_t c_t (∂ logp_t/∂ raw) h_tᵀ: one [n, n] float64 per prompt.
-
-    ``groups`` holds each prompt's (start, stop) token spans. The logits are recomputed (N·V·D); then, with M tokens in
-    the prompt, pairs of tokens cost M²·V and forming the gradients a vocabulary slice at a time M·V·D: the cheaper one
-    is taken. The second writes and reads each slice once, 8·n·V·D bytes per prompt: about as long as its product takes
-    for responses of 500 tokens on an H200. A kernel that squares it on chip would need all n accumulators there.
-    """
-    grams = []
-    for spans in groups:
-        index = torch.cat([torch.arange(start, stop, device=hidden.device) for start, stop in spans])
-        bounds = list(accumulate((stop - start for start, stop in spans), initial=0))
-        c = coefficients[index].to(torch.float32)
-        scale = _power_of_two(c.abs() / head.temperature)
-        rate = c * scale / head.temperature
-        rows = hidden[index]
-        sources = (rows, tokens[index], head, token_pass.lse[index], rate, None, rate * token_pass.off_mass[index])
-        gram_of = _gram_of_pairs if len(index) <= head.hidden_size else _gram_of_slices
-        grams.append(gram_of(rows, sources, bounds) / scale.double().square())
-    return grams
-
-
-def _gram_of_pairs(hidden: torch.Tensor, sources: tuple, bounds: list[int]) -> torch.Tensor:
-    """Σ_{t∈i, s∈j} ⟨δ_t, δ_s⟩ ⟨h_t, h_s⟩, δ the blocks' rows."""
-    pairs = torch.zeros(len(hidden), len(hidden), dtype=torch.float32, device=hidden.device)
-    for _, _, block in _gradient_blocks(*sources):
-        pairs += _product(block, block.T)
-    pairs = pairs.double() * _product(hidden, hidden.T).double()
-    rows = torch.stack([pairs[start:stop].sum(0) for start, stop in pairwise(bounds)])
-    return torch.stack([rows[:, start:stop].sum(1) for start, stop in pairwise(bounds)], dim=1)
-
-
-def _gram_of_slices(hidden: torch.Tensor, sources: tuple, bounds: list[int]) -> torch.Tensor:
-    """Σ over vocabulary slices of ⟨G_i, G_j⟩ within the slice."""
-    n_responses = len(bounds) - 1
-    gram = torch.zeros(n_responses, n_responses, dtype=torch.float64, device=hidden.device)
-    width = max(config.CHUNK_BYTES // (4 * n_responses * hidden.shape[1]), 1)
-    for _, _, block in _gradient_blocks(*sources, all_rows=True, max_width=width):
-        slices = [_product(block[start:stop].T, hidden[start:stop]).flatten() for start, stop in pairwise(bounds)]
-        gram += (gradients := torch.stack(slices)) @ gradients.T
-    return gram
+    return tuple(None if gradient is None else gradient.div_(scale) for gradient in gradients)
 
 
 # -- pieces -----------------------------------------------------------------------------------------------------------
 
 
-def _chunk_pass(hidden, tokens, weight, bias, head, tile, results, numerators) -> torch.Tensor:
-    """Fill the chunk's ``results`` (and ``numerators``) and return its partial statistics."""
-    target_raw = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    partials = head_stats(hidden, tokens, weight, bias, head.temperature, head.softcap, tile, target_raw, numerators)
-    combine_stats(partials, target_raw, head.temperature, head.softcap, results)
-    return partials
-
-
-def _gradient_blocks(hidden, tokens, head, lse, slope, entropy_slope, target, *, all_rows=False, max_width=None
-                     ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """(tokens, vocabulary entries, ``head_gradient`` of them), in one reused buffer of at most CHUNK_BYTES."""
-    dtype, n_tokens = hidden.dtype, len(hidden)
-    if n_tokens == 0:
-        return
-    hidden, weight, bias = _adjacent(hidden, head)
-    tile = head_tile(hidden.device, hidden.dtype, head.softcap, (len(hidden), *weight.shape))
-    height = n_tokens if all_rows else min(n_tokens, _BLOCK_ROWS)
-    width = chunk_size(len(weight), height * dtype.itemsize, tile.columns)
-    width = min(width, len(weight), max_width or width)
-    buffer = _aligned_rows(height, width, dtype, hidden.device)
-    lse = lse * LOG2_E
-    for top, bottom in chunks(n_tokens, height):
-        rows = slice(top, bottom)
-        for start, end in chunks(len(weight), width):
-            columns = slice(start, end)
-            block = buffer[: bottom - top, : end - start]
-            head_gradient(hidden[rows], tokens[rows], weight[columns], None if bias is None else bias[columns],
-                          head.temperature, head.softcap, tile, lse[rows], slope[rows],
-                          None if entropy_slope is None else entropy_slope[rows], target[rows], start, block)
-            yield rows, columns, block
-
-
-def _power_of_two(bounds: torch.Tensor) -> torch.Tensor:
-    """A power of two that brings the largest of ``bounds`` to at most _LARGEST; stays on the device."""
-    if len(bounds) == 0:
-        return bounds.new_ones(())
-    return torch.exp2(torch.floor(torch.log2(_LARGEST / bounds.amax().clamp_min(2.0**-100))))
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b with fp32 accumulation and an fp32 result."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def _adjacent(hidden: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """hidden, weight and bias with adjacent elements in each row."""
-    hidden, weight = (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (hidden, head.weight))
-    if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16:
-        # Triton's interpreter multiplies the bit patterns of bf16 operands; fp32 holds them and their products exactly.
-        hidden, weight = hidden.float(), weight.float()
-    return hidden, weight, None if head.bias is None else head.bias.contiguous()
-
-
-def _aligned_rows(n_rows: int, n_columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[n_rows, >= n_columns]: every row begins at a multiple of 16 elements, so that it moves in 16-byte pieces."""
-    return torch.empty(n_rows, -(-n_columns // 16) * 16, dtype=dtype, device=device)
+def _chunk_row_bytes(operands: Operands) -> int:
+    """Numerators and partial statistics of one token."""
+    return operands.vocabulary_size * operands.dtype.itemsize + operands.statistics_bytes
 
 
 def _responses_of(cu_seqlens: torch.Tensor, n_tokens: int, rows: int) -> torch.Tensor:
