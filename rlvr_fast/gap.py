@@ -11,14 +11,16 @@ import torch
 from rlvr_fast import _validate as check
 from rlvr_fast import backends
 from rlvr_fast.backends import TokenPass
+from rlvr_fast.batch_gap import batch_norm_sq, batch_summary, vector_products
 from rlvr_fast.estimates import GapEstimate, estimate_gap
 from rlvr_fast.head import Head, check_values
 from rlvr_fast.moments import Moments, ResponseGradients, Responses
 from rlvr_fast.rollouts import Rollouts
-from rlvr_fast.token_stats import TokenStats, check_pass, run_head_pass
+from rlvr_fast.token_stats import TokenStats, check_pass
+from rlvr_fast.vocabulary_parallel import VocabularyShard, agreement, check_shard, checksum
 
 LEVELS = ("logits", "hidden", "head")
-SUM_BYTES = 16 << 20  # [responses, V] float32 score sums held at a time, unless they are the result
+SUM_BYTES = 64 << 20  # [responses, V] float32 score sums held at a time, unless they are the result
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,11 +40,13 @@ class Gap:
         defined: [P] bool, both classes present; norms and errors are NaN where not.
         pooled: [P] bool, a class of one response borrowed the noise of the other prompts; NaN if there was none.
         correct_mean, incorrect_mean, vector: [P, K] float32 class means and their difference for the levels that
-            have vectors (K = V or D), NaN where the class is empty; None at level "head".
+            have vectors (K = V or D), NaN where the class is empty; None at level "head". At level "logits" of a
+            sharded vocabulary these, and ``gradients``, hold this rank's columns; all other figures are whole.
         stats: the TokenStats of the same pass.
         moments: the inner products behind all of this; add and merge them across layers, shards and batches.
         sizes: number of responses of each prompt.
         gradients: the response gradients, [R, K], for the levels that have vectors; else None.
+        vocabulary: the shard whose columns the vectors are; None if they are whole.
     """
 
     level: str
@@ -54,7 +58,9 @@ class Gap:
     gradients: ResponseGradients | None = None
     correct_mean: torch.Tensor | None = None
     incorrect_mean: torch.Tensor | None = None
-    head_grams: tuple[torch.Tensor, ...] | None = None
+    summed_grams: tuple[torch.Tensor, ...] | None = None
+    summed_products: torch.Tensor | None = None
+    vocabulary: VocabularyShard | None = None
 
     n_correct = property(lambda self: self.estimate.n_correct)
     n_incorrect = property(lambda self: self.estimate.n_incorrect)
@@ -76,7 +82,12 @@ class Gap:
     @cached_property
     def gram(self) -> tuple[torch.Tensor, ...]:
         """Per prompt the Gram matrix of its responses' gradients, [n, n] float64, rows in rollout order."""
-        return self.gradients.grams(self.sizes) if self.head_grams is None else self.head_grams
+        return self.gradients.grams(self.sizes) if self.summed_grams is None else self.summed_grams
+
+    @cached_property
+    def _vector_products(self) -> torch.Tensor:
+        """⟨gap_p, gap_q⟩: [P, P] float64."""
+        return vector_products(self.vector) if self.summed_products is None else self.summed_products
 
     def batch_norm_sq(self, weights: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Debiased ‖Σ_p w_p gap_p‖² over the defined prompts with its jackknife error over prompts [derived].
@@ -100,8 +111,7 @@ class Gap:
             if weights.device.type == "cpu" and not (weights.isfinite() & (weights >= 0)).all():
                 raise ValueError(f"weights must be finite and at least 0, got {weights.tolist()}")
             weights = torch.where(usable, weights, 0.0)
-        return _batch_norm_sq(torch.where(usable[:, None], self.vector, 0.0).double(),
-                              torch.where(usable, self.estimate.bias, 0.0), weights)
+        return batch_norm_sq(self._vector_products, torch.where(usable, self.estimate.bias, 0.0), weights)
 
     def alignment(self, direction: torch.Tensor) -> torch.Tensor:
         """Δμ = ⟨direction, g⁺ − g⁻⟩ per prompt [paper A]: [P] float64, NaN where not defined.
@@ -109,51 +119,22 @@ class Gap:
         A direction made from the same rollouts (their own gradient step) makes this an overestimate.
 
         Args:
-            direction: [K], in the coordinates of ``vector``.
+            direction: [K], in the coordinates of ``vector``. Where these are one rank's columns, the call is collective
+                and the result whole.
         """
         if self.vector is None:
             raise ValueError(f"alignment needs gap vectors, level {self.level!r} has none")
         check.tensor("direction", direction, shape=(self.vector.shape[1],), device=self.vector.device,
                      dtypes=(*check.FLOAT_DTYPES, torch.float64))
-        return self.vector.double() @ direction.double()
+        products = self.vector.double() @ direction.double()
+        return products if self.vocabulary is None else self.vocabulary.sum(products)
 
     def summary(self) -> dict[str, float]:
         """Flat metrics for any logger. Synchronises with the device.
 
         ``rlvr/gap/norm`` is the root of the mean unbiased squared norm over the defined prompts, clipped at 0.
         """
-        defined, n = self.defined, len(self.prompt_ids)
-        usable = defined & self.norm_sq.isfinite()
-        count = int(usable.sum())
-        rate = self.success_rate
-
-        def mean(values):
-            return float(values[usable].mean()) if count else float("nan")
-
-        def share(mask):
-            return float(mask.double().mean()) if n else float("nan")
-
-        norm_sq = mean(self.norm_sq)
-        stderr = float(self.stderr[usable].square().sum().sqrt() / count) if count else float("nan")
-        result = {
-            "rlvr/gap/norm": max(norm_sq, 0.0) ** 0.5 if count else float("nan"),
-            "rlvr/gap/norm_sq": norm_sq,
-            "rlvr/gap/norm_sq_stderr": stderr,
-            "rlvr/gap/norm_sq_naive": mean(self.norm_sq_naive),
-            "rlvr/gap/energy_pos": _energy(self.moments, 1),
-            "rlvr/gap/energy_neg": _energy(self.moments, 0),
-            "rlvr/signal_to_noise": norm_sq / mean(self.estimate.bias) if count and mean(self.estimate.bias) > 0
-            else float("nan"),
-            "rlvr/group/frac_mixed": share(defined),
-            "rlvr/group/frac_solved": share(rate == 1),
-            "rlvr/group/frac_failed": share(rate == 0),
-            "rlvr/group/frac_pooled": share(self.pooled),
-            "rlvr/group/p_mean": float(rate.mean()) if n else float("nan"),
-        }
-        if self.vector is not None:
-            batch, batch_stderr = (float(value) for value in self.batch_norm_sq())
-            result["rlvr/gap/batch_norm_sq"], result["rlvr/gap/batch_norm_sq_stderr"] = batch, batch_stderr
-        return result
+        return batch_summary(self)
 
     def __repr__(self) -> str:
         head = (f"Gap(level={self.level}, length_norm={self.length_norm}, prompts={len(self.prompt_ids)}, "
@@ -169,29 +150,9 @@ class Gap:
         return "\n".join(lines)
 
 
-def _energy(moments: Moments, which: int) -> float:
-    """Mean ‖G_i‖² over the responses of one class."""
-    n, square = moments.count[:, which].sum(), moments.square[:, which].sum()
-    return float(square / n) if n > 0 else float("nan")
-
-
-def _batch_norm_sq(vectors, bias, weights) -> tuple[torch.Tensor, torch.Tensor]:
-    """θ = ‖Σ w ĝ‖² − Σ w² bias with w summing to 1, and its delete-one-prompt jackknife error."""
-    total, used = weights.sum(), (weights != 0).sum()
-    mean = weights @ vectors
-    theta = (mean.square().sum() - (weights.square() * bias).sum()) / total.square()
-    left_total = total - weights
-    left = (mean - weights[:, None] * vectors).square().sum(1)
-    left = (left - (weights.square() * bias).sum() + weights.square() * bias) / left_total.square()
-    centred = torch.where(weights != 0, left, 0.0)
-    centred = torch.where(weights != 0, left - centred.sum() / used, 0.0)
-    variance = centred.square().sum() * (used - 1) / used
-    return theta, torch.where(used >= 2, variance.sqrt(), torch.nan)
-
-
 def gradient_gap(hidden: torch.Tensor, weight: torch.Tensor, rollouts: Rollouts, *, level: str = "hidden",
                  length_norm: bool = True, bias: torch.Tensor | None = None, temperature: float = 1.0,
-                 softcap: float | None = None, backend: str = "auto") -> Gap:
+                 softcap: float | None = None, vocabulary: VocabularyShard | None = None, backend: str = "auto") -> Gap:
     """The gradient gap of every prompt, with error bars.
 
     Args:
@@ -204,6 +165,9 @@ def gradient_gap(hidden: torch.Tensor, weight: torch.Tensor, rollouts: Rollouts,
             product more, no vectors).
         length_norm: divide each response's gradient by its length, as 1/|o| losses do. Empty responses have gradient 0.
         bias, temperature, softcap, backend: as in ``token_stats``. The temperature should be the sampling one.
+        vocabulary: this rank's shard of the vocabulary, where ``weight`` and ``bias`` are its rows only. The call is
+            collective then: an all-gather of 24 bytes per token, and one all-reduce of [R, D] ("hidden") or of the
+            response Gram matrices ("head", and "logits" with that of the P gap vectors, whose columns stay sharded).
 
     Returns:
         Gap. A prompt with one class only has no gap: NaN, ``defined`` false, and it enters no batch figure.
@@ -211,50 +175,66 @@ def gradient_gap(hidden: torch.Tensor, weight: torch.Tensor, rollouts: Rollouts,
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    check.choice("level", level, LEVELS)
-    check.flag("length_norm", length_norm)
-    if not isinstance(rollouts, Rollouts):
-        raise TypeError(f"rollouts must be rlvr_fast.Rollouts, got {type(rollouts).__name__}")
-    hidden = rollouts.pack(hidden, "hidden").detach()
-    head = Head.checked(hidden, weight.detach() if isinstance(weight, torch.Tensor) else weight, bias, temperature,
-                        softcap)
-    if rollouts.vocabulary_range[1] >= head.vocabulary_size:
-        raise ValueError(f"rollouts must hold tokens below V = {head.vocabulary_size} (the rows of weight), "
-                         f"got {rollouts.vocabulary_range[1]}")
-    check_values(hidden)
+    with agreement(vocabulary) as same:
+        check.choice("level", level, LEVELS)
+        check.flag("length_norm", length_norm)
+        if not isinstance(rollouts, Rollouts):
+            raise TypeError(f"rollouts must be rlvr_fast.Rollouts, got {type(rollouts).__name__}")
+        hidden = rollouts.pack(hidden, "hidden").detach()
+        head = Head.checked(hidden, weight.detach() if isinstance(weight, torch.Tensor) else weight, bias, temperature,
+                            softcap, vocabulary)
+        if rollouts.vocabulary_range[1] >= head.whole_vocabulary_size:
+            raise ValueError(f"rollouts must hold tokens below V = {head.whole_vocabulary_size} (the rows of weight), "
+                             f"got {rollouts.vocabulary_range[1]}")
+        check_values(hidden)
+        backends.resolve(backend, hidden.device)
+        same("gradient_gap", hidden, rollouts.tokens, head, f"level {level}", f"length_norm {length_norm}",
+             f"responses #{checksum((rollouts.bounds, rollouts.members))}")
     coefficients = _token_coefficients(rollouts, length_norm)
     responses = Responses(rollouts.correct, rollouts.prompt_index, rollouts.prompt_ids)
     sizes = tuple(len(prompt) for prompt in rollouts.members)
     with torch.no_grad():
         if level == "head":
-            token_pass = run_head_pass(hidden, rollouts.tokens, head, backend)
             spans = [[(rollouts.bounds[i], rollouts.bounds[i + 1]) for i in prompt] for prompt in rollouts.members]
-            gram = backends.select("head_gram", backend, hidden.device)
-            grams = tuple(gram(hidden, rollouts.tokens, head, token_pass, coefficients, spans))
+            run = backends.select("head_pass_with_gram", backend, hidden.device)
+            token_pass, grams = run(hidden, head.local_ids(rollouts.tokens), head, coefficients, spans, head.merge)
+            check_pass(token_pass, rollouts.tokens)
+            grams = tuple(grams if vocabulary is None else vocabulary.sums(grams))
             moments = Moments.from_gram(responses, grams)
             return Gap(level, length_norm, estimate_gap(moments), moments, sizes, TokenStats.from_pass(token_pass),
-                       head_grams=grams)
+                       summed_grams=grams)
         token_pass, vectors = _vectors(hidden, head, rollouts, coefficients, level, backend)
         gradients = ResponseGradients(responses, vectors)
         return gap_from_gradients(gradients, level=level, length_norm=length_norm, sizes=sizes,
-                                  stats=TokenStats.from_pass(token_pass))
+                                  stats=TokenStats.from_pass(token_pass),
+                                  vocabulary=vocabulary if level == "logits" else None)
 
 
 def gap_from_gradients(gradients: ResponseGradients, *, level: str, length_norm: bool,
-                       sizes: Sequence[int] | None = None, stats: TokenStats | None = None) -> Gap:
+                       sizes: Sequence[int] | None = None, stats: TokenStats | None = None,
+                       vocabulary: VocabularyShard | None = None) -> Gap:
     """The gap of response gradients that were added or merged by the caller (micro-batches, ranks, shards).
 
     Args:
         gradients: [R, K] with their responses. level, length_norm: how they were made; recorded in the result.
         sizes: number of responses of each prompt, if the host knows it; asking the device synchronises.
         stats: passed through.
+        vocabulary: the shard whose coordinates these gradients are, where each rank has its own; collective then.
     """
+    if vocabulary is not None:
+        check_shard(vocabulary)
     if sizes is None:
         sizes = gradients.responses.prompt_index.bincount(minlength=gradients.responses.n_prompts).tolist()
     sizes = gradients.responses.check_sizes(sizes)
-    moments, means = gradients.moments(), gradients.class_means()
+    means, grams, products = gradients.class_means(), None, None
+    if vocabulary is None:
+        moments = gradients.moments()
+    else:
+        *grams, products = vocabulary.sums([*gradients.grams(sizes), vector_products(means[:, 1] - means[:, 0])])
+        grams, moments = tuple(grams), Moments.from_gram(gradients.responses, grams)
     return Gap(level, length_norm, estimate_gap(moments), moments, sizes, stats, gradients,
-               correct_mean=means[:, 1], incorrect_mean=means[:, 0])
+               correct_mean=means[:, 1], incorrect_mean=means[:, 0], summed_grams=grams, summed_products=products,
+               vocabulary=vocabulary)
 
 
 def _token_coefficients(rollouts: Rollouts, length_norm: bool) -> torch.Tensor:
@@ -267,28 +247,21 @@ def _token_coefficients(rollouts: Rollouts, length_norm: bool) -> torch.Tensor:
 def _vectors(hidden, head, rollouts, coefficients, level, backend) -> tuple[TokenPass, torch.Tensor]:
     """Response gradients [R, K]: score sums, for "hidden" taken through the lm_head a block of responses at a time."""
     run = backends.select("head_pass_with_sums", backend, hidden.device)
-    n_responses, vocabulary = rollouts.n_responses, head.vocabulary_size
-    block = max(1, n_responses if level == "logits" else SUM_BYTES // (4 * vocabulary))
+    through_head = backends.select("through_head", backend, hidden.device)
+    n_responses, tokens = rollouts.n_responses, head.local_ids(rollouts.tokens)
+    largest = head.vocabulary_size if head.shard is None else head.shard.largest  # ranks must cut the same blocks
+    block = max(1, n_responses if level == "logits" else SUM_BYTES // (4 * largest))
     passes, vectors = [], []
     for start in range(0, n_responses, block):
         stop = min(start + block, n_responses)
         rows = slice(rollouts.bounds[start], rollouts.bounds[stop])
         spans = rollouts.cu_seqlens[start:stop + 1] - rollouts.bounds[start]
-        token_pass, sums = run(hidden[rows], rollouts.tokens[rows], head, coefficients[rows], spans)
+        token_pass, sums = run(hidden[rows], tokens[rows], head, coefficients[rows], spans, merge=head.merge)
         passes.append(check_pass(token_pass, rollouts.tokens[rows]))
-        vectors.append(sums if level == "logits" else _through_head(sums, head.weight))
+        vectors.append(sums if level == "logits" else through_head(sums, head.weight))
     if not passes:
         empty = hidden.new_empty(0, dtype=torch.float32)
-        width = vocabulary if level == "logits" else head.hidden_size
+        width = head.vocabulary_size if level == "logits" else head.hidden_size
         return TokenPass(*[empty] * len(TokenPass._fields)), empty.new_empty(0, width)
-    return TokenPass(*map(torch.cat, zip(*passes, strict=True))), torch.cat(vectors)
-
-
-def _through_head(sums: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """sums @ weight in float32; a half-precision weight is widened a few rows at a time."""
-    if weight.dtype == torch.float32:
-        return sums @ weight
-    result = sums.new_zeros(sums.shape[0], weight.shape[1])
-    for start in range(0, weight.shape[0], 8192):
-        result.addmm_(sums[:, start:start + 8192], weight[start:start + 8192].float())
-    return result
+    vectors = torch.cat(vectors)
+    return TokenPass(*map(torch.cat, zip(*passes, strict=True))), vectors if level == "logits" else head.total(vectors)

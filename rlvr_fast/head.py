@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from rlvr_fast import _validate as check
+from rlvr_fast.backends.base import Merge
+from rlvr_fast.vocabulary_parallel import ShardMerge, VocabularyShard
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,16 +20,24 @@ class Head:
         bias: [V] float or None. Minus infinity takes a token out of the vocabulary.
         temperature: divides the logits; positive.
         softcap: bound of the soft-capped logits (Gemma 2: 30), or None.
+        shard: which rows of the vocabulary ``weight`` and ``bias`` hold; None if all.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     temperature: float = 1.0
     softcap: float | None = None
+    shard: VocabularyShard | None = None
 
     @property
     def vocabulary_size(self) -> int:
+        """Rows that are here."""
         return self.weight.shape[0]
+
+    @property
+    def whole_vocabulary_size(self) -> int:
+        """Rows in all: token ids are below it."""
+        return self.vocabulary_size if self.shard is None else self.shard.size
 
     @property
     def hidden_size(self) -> int:
@@ -35,7 +45,7 @@ class Head:
 
     @classmethod
     def checked(cls, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float,
-                softcap: float | None) -> Head:
+                softcap: float | None, shard: VocabularyShard | None = None) -> Head:
         """Validate ``hidden`` [N, D] against the head's arguments and bundle the latter."""
         check.tensor("hidden", hidden, ndim=2, dtypes=check.FLOAT_DTYPES)
         check.tensor("weight", weight, ndim=2, dtypes=check.FLOAT_DTYPES, device=hidden.device)
@@ -46,11 +56,26 @@ class Head:
         if weight.shape[1] != hidden.shape[1]:
             raise ValueError(f"weight must be [V, D] with D = {hidden.shape[1]} as in hidden, "
                              f"got {check.describe(weight)}")
+        if shard is not None:
+            shard.check_rows(weight)
         if bias is not None:
             check.tensor("bias", bias, shape=(weight.shape[0],), dtypes=check.FLOAT_DTYPES, device=hidden.device)
         temperature = check.positive("temperature", temperature)
         softcap = None if softcap is None else check.positive("softcap", softcap)
-        return cls(weight, bias, temperature, softcap)
+        return cls(weight, bias, temperature, softcap, shard)
+
+    def local_ids(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids as rows of ``weight``; -1 where the row is on another rank."""
+        return tokens if self.shard is None else self.shard.local_ids(tokens)
+
+    @property
+    def merge(self) -> Merge | None:
+        """What makes whole the passes over the rows that are here; None if they are."""
+        return None if self.shard is None else ShardMerge(self.shard, self.temperature, self.softcap)
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, in place of this rank's share."""
+        return values if self.shard is None else self.shard.sum(values)
 
 
 def check_values(hidden: torch.Tensor) -> None:

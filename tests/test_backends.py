@@ -12,7 +12,8 @@ from rlvr_fast.backends import native_backend, torch_backend, triton_backend
 
 CPU = torch.device("cpu")
 NATIVE_BUILT = native_backend.unavailable(CPU) is None
-OPERATIONS = ("head_pass", "head_pass_with_sums", "hidden_gradient", "linear_logprob_backward", "head_gram")
+OPERATIONS = ("head_pass", "head_pass_with_sums", "head_pass_with_gradient", "head_pass_with_gram", "through_head",
+              "hidden_gradient", "linear_logprob_backward", "head_gram")
 
 
 @pytest.fixture

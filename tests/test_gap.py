@@ -1,7 +1,8 @@
 """``gradient_gap`` end to end: every level, backend and normalisation against the float64 specification.
 
 Tolerances: response gradients are fp32 sums with a relative 1e-5 (logits of magnitude 10, see test_token_stats), and
-every squared quantity inherits it relative to the plug-in norm, which all the others are differences of.
+every squared quantity inherits it relative to the plug-in norm, which all the others are differences of. The Triton
+backend rounds each derivative once to the operands' dtype: for half precision that comes on top.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import rounding_error
 from policies import TabularPolicy, classes_of, partitions, random_rollouts, reference_gradients, within
 
 import rlvr_fast as rf
@@ -43,8 +45,9 @@ def on(place: torch.device, options: dict) -> dict:
     return {name: value.to(place) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
 
 
-def assert_gap_matches(gap, exact: torch.Tensor, rollouts: Rollouts) -> int:
-    """``gap`` against the reference gradients [R, K]; returns how many prompts had both classes."""
+def assert_gap_matches(gap, exact: torch.Tensor, rollouts: Rollouts, error: float = 1e-5) -> int:
+    """``gap``, of gradients that err by ``error``, against the reference's [R, K]; returns how many prompts had both
+    classes."""
     pooled = [ref.pooled_noise([classes_of(rollouts, p, exact)[which] for p in range(rollouts.n_prompts)])
               for which in (0, 1)]
     assert gap.prompt_ids == rollouts.prompt_ids
@@ -55,12 +58,12 @@ def assert_gap_matches(gap, exact: torch.Tensor, rollouts: Rollouts) -> int:
         assert gap.success_rate[p] == len(plus) / len(members)
         rows = exact[list(members)]
         gram = rows @ rows.T
-        assert within(gap.gram[p].cpu(), gram, atol=2e-5 * gram.diagonal().max().item())
+        assert within(gap.gram[p].cpu(), gram, atol=2 * error * gram.diagonal().max().item())
         assert gap.defined[p] == (len(plus) > 0 and len(minus) > 0)
         if gap.vector is not None:
             for mean, own in ((gap.correct_mean, plus), (gap.incorrect_mean, minus)):
                 if len(own):
-                    assert within(mean[p].cpu(), own.mean(0), atol=1e-5 * own.abs().max().item() + 1e-7)
+                    assert within(mean[p].cpu(), own.mean(0), atol=error * own.abs().max().item() + 1e-7)
                 else:
                     assert mean[p].isnan().all()
             assert bool(gap.vector[p].isnan().any()) == (not gap.defined[p])
@@ -72,12 +75,12 @@ def assert_gap_matches(gap, exact: torch.Tensor, rollouts: Rollouts) -> int:
         noise = [pool if len(own) == 1 else ref.class_noise(own)
                  for pool, own in zip(pooled, (plus, minus), strict=True)]
         scale = (naive + sum(noise)).item()
-        assert within(gap.norm_sq_naive[p].cpu(), naive, atol=2e-5 * scale)
-        assert within(gap.norm_sq[p].cpu(), ref.gap_norm_sq_given_noise(plus, minus, *noise), atol=2e-5 * scale)
+        assert within(gap.norm_sq_naive[p].cpu(), naive, atol=2 * error * scale)
+        assert within(gap.norm_sq[p].cpu(), ref.gap_norm_sq_given_noise(plus, minus, *noise), atol=2 * error * scale)
         if min(len(plus), len(minus)) > 1:
             assert not gap.pooled[p]
-            assert within(gap.norm_sq[p].cpu(), ref.gap_norm_sq(plus, minus), atol=2e-5 * scale)
-            assert within(gap.stderr[p].cpu(), ref.gap_stderr(plus, minus), atol=1e-4 * scale)
+            assert within(gap.norm_sq[p].cpu(), ref.gap_norm_sq(plus, minus), atol=2 * error * scale)
+            assert within(gap.stderr[p].cpu(), ref.gap_stderr(plus, minus), atol=10 * error * scale)
         else:
             assert gap.pooled[p]
     return n_defined
@@ -106,13 +109,17 @@ def test_gap_matches_the_reference(backend, level, length_norm, generator):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_operands_lose_nothing_more(backend, level, dtype, generator):
-    """The reference on the rounded operands: as tight as fp32."""
+    """The reference on the rounded operands: as tight as fp32, but for Triton's rounding of the derivatives.
+
+    The magnitudes that make up an entry of a gradient exceed the largest entry fewer than four times here.
+    """
     place = place_of(backend)
     rollouts = random_rollouts(24, 4, VOCABULARY, generator)
     hidden, weight, _ = head_tensors(generator, rollouts.n_tokens)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     gap = gradient_gap(hidden.to(place), weight.to(place), rollouts.to(place), level=level, backend=backend)
-    assert_gap_matches(gap, reference_gradients(hidden, weight, rollouts, level, True), rollouts)
+    error = 1e-5 + 4 * rounding_error(dtype, place) if backend == "triton" else 1e-5
+    assert_gap_matches(gap, reference_gradients(hidden, weight, rollouts, level, True), rollouts, error)
 
 
 @pytest.mark.parametrize(("n_responses", "longest", "width"), [(12, 3, 64), (12, 60, 5), (4, 500, 4)],

@@ -1,5 +1,9 @@
 // Python bindings: tensors cross as addresses, so one build serves every torch version.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <exception>
+#include <optional>
 
 #include "head_pass.h"
 
@@ -31,10 +35,27 @@ Selected select_instruction_set(const std::string& wanted) {
 template <class T>
 T* pointer(Address address) { return reinterpret_cast<T*>(address); }
 
+// A Python function (first, count) as the pass's merge; what it raises waits until the pass's threads are done.
+struct Merge {
+    py::function function;
+    std::exception_ptr failure;
+    static bool call(void* context, int64_t first, int64_t count) {
+        py::gil_scoped_acquire locked;
+        auto& self = *static_cast<Merge*>(context);
+        try {
+            self.function(first, count);
+            return true;
+        } catch (...) {
+            self.failure = std::current_exception();
+            return false;
+        }
+    }
+};
+
 void head_pass(int dtype, Address hidden, Address weight, Address bias, Address tokens, int64_t n_tokens,
                int64_t vocabulary, int64_t width, float temperature, float softcap, Address results, Address sums,
-               Address coefficients, Address cu_seqlens, int64_t n_responses, int n_threads,
-               const std::string& instruction_set) {
+               Address coefficients, Address cu_seqlens, int64_t n_responses, std::optional<py::function> merge,
+               int n_threads, const std::string& instruction_set) {
     rlvr::HeadPass a{};
     a.dtype = static_cast<rlvr::DType>(dtype);
     a.hidden = pointer<const void>(hidden);
@@ -54,9 +75,18 @@ void head_pass(int dtype, Address hidden, Address weight, Address bias, Address 
     a.coefficients = pointer<const float>(coefficients);
     a.cu_seqlens = pointer<const int64_t>(cu_seqlens);
     a.n_responses = n_responses;
+    Merge merging;
+    if (merge) {
+        merging.function = *merge;
+        a.merge = Merge::call;
+        a.merge_context = &merging;
+    }
     const auto run = select_instruction_set(instruction_set).run;
-    py::gil_scoped_release unlocked;
-    run(a);
+    {
+        py::gil_scoped_release unlocked;
+        run(a);
+    }
+    if (merging.failure) std::rethrow_exception(merging.failure);
 }
 
 }  // namespace
@@ -68,5 +98,5 @@ PYBIND11_MODULE(_native, module) {
     module.def("head_pass", &head_pass, py::arg("dtype"), py::arg("hidden"), py::arg("weight"), py::arg("bias"),
                py::arg("tokens"), py::arg("n_tokens"), py::arg("vocabulary"), py::arg("width"), py::arg("temperature"),
                py::arg("softcap"), py::arg("results"), py::arg("sums"), py::arg("coefficients"), py::arg("cu_seqlens"),
-               py::arg("n_responses"), py::arg("n_threads"), py::arg("instruction_set") = "auto");
+               py::arg("n_responses"), py::arg("merge"), py::arg("n_threads"), py::arg("instruction_set") = "auto");
 }

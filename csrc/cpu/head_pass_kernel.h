@@ -195,6 +195,7 @@ void statistics_and_sums(const HeadPass& a) {
     Barrier barrier(a.n_threads);
     std::memset(a.sums, 0, static_cast<size_t>(a.n_responses * a.vocabulary) * 4);
     int64_t first_response = 0, last_response = 0;
+    bool merging = a.merge != nullptr;
     run_threads(a.n_threads, [&](int thread) {
         Workspace& own = *work[thread];
         for (int64_t c = 0; c < n_chunks; ++c) {
@@ -213,12 +214,11 @@ void statistics_and_sums(const HeadPass& a) {
             }
             barrier.wait();
             if (thread == 0) {
-                for (int64_t i = 0; i < chunk; ++i) lse.data[i] = 0.0f;
-                for (int64_t i = 0; i < count; ++i) {
+                for (int64_t i = 0; i < count; ++i)
                     finish_token(a, logits, partials.data + i / BLOCK * N_STATS * BLOCK + i % BLOCK, n_splits, per_split,
                                  BLOCK, first + i);
-                    lse.data[i] = a.lse[first + i];
-                }
+                if (merging) merging = a.merge(a.merge_context, first, count);
+                for (int64_t i = 0; i < chunk; ++i) lse.data[i] = i < count ? a.lse[first + i] : 0.0f;
             }
             barrier.wait();
             for (int64_t s; (s = next[2 * c + 1].fetch_add(1)) < n_splits;) {
@@ -231,8 +231,9 @@ void statistics_and_sums(const HeadPass& a) {
     });
     for (int64_t r = 0; r < a.n_responses; ++r)  // the targets, held out above
         for (int64_t t = a.cu_seqlens[r]; t < a.cu_seqlens[r + 1]; ++t)
-            a.sums[r * a.vocabulary + a.tokens[t]] +=
-                a.coefficients[t] * a.off_mass[t] * static_cast<float>(logits.slope(static_cast<double>(a.lse[t]) + a.logp[t]));
+            if (a.tokens[t] >= 0)
+                a.sums[r * a.vocabulary + a.tokens[t]] +=
+                    a.coefficients[t] * a.off_mass[t] * static_cast<float>(logits.slope(static_cast<double>(a.lse[t]) + a.logp[t]));
 }
 
 template <class T>

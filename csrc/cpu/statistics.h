@@ -100,14 +100,16 @@ void finish_token(const HeadPass& a, const Logits& logits, const float* partials
         sum_sq += scale * scale * p[SUM_SQ * lane_stride];
         sum_slope_sq += scale * scale * p[SUM_SLOPE_SQ * lane_stride];
     }
-    const double target_x = target - reference, target_e = std::exp(target_x), total = sum + target_e;
+    const bool absent = target <= FLOOR;  // masked, or in another shard of the vocabulary: no probability here
+    const double target_x = target - reference, target_e = absent ? 0.0 : std::exp(target_x), total = sum + target_e;
     const double log_total = target_e == 1.0 ? std::log1p(sum) : std::log(total);
     const double p_target = target_e / total, off_mass = sum / total;
-    const double slope = logits.slope(target), off_slope_sq = a.softcap > 0 ? sum_slope_sq : sum_sq * slope * slope;
-    const bool impossible = target <= FLOOR;
-    a.logp[token] = static_cast<float>(impossible ? -HUGE_VAL : target_x - log_total);
+    const double slope = absent ? 0.0 : logits.slope(target);
+    const double uncapped_slope = a.inverse_temperature;
+    const double off_slope_sq = a.softcap > 0 ? sum_slope_sq : sum_sq * uncapped_slope * uncapped_slope;
+    a.logp[token] = static_cast<float>(absent ? -HUGE_VAL : target_x - log_total);
     a.lse[token] = static_cast<float>(reference + log_total);
-    const double mean_x = (sum_x + (impossible ? 0.0 : target_x * target_e)) / total, entropy = log_total - mean_x;
+    const double mean_x = (sum_x + (absent ? 0.0 : target_x * target_e)) / total, entropy = log_total - mean_x;
     a.entropy[token] = static_cast<float>(entropy > 0 ? entropy : (entropy <= 0 ? 0.0 : entropy));
     a.sum_p_sq[token] = static_cast<float>(sum_sq / (total * total) + p_target * p_target);
     a.score_sq[token] = static_cast<float>(slope * slope * off_mass * off_mass + off_slope_sq / (total * total));

@@ -1,8 +1,8 @@
-"""What every backend returns for the head pass, whichever hardware produced it."""
+"""What every backend returns for the head pass, whichever hardware produced it, and what joins shards of it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -12,6 +12,9 @@ class TokenPass(NamedTuple):
 
     ``off_mass`` is the probability of everything but the sampled token, summed without it. It is carried because
     ``1 - p`` has no digits left once the sampled token is nearly certain, and most tokens of a trained policy are.
+
+    Over a shard of the vocabulary, a token that was sampled from another shard (its id is -1) has logp -inf,
+    off_mass 1 and score_sq Σ_v (f_v p_v)² with f = dz/draw: nothing is held out.
     """
 
     logp: torch.Tensor
@@ -20,3 +23,19 @@ class TokenPass(NamedTuple):
     sum_p_sq: torch.Tensor
     score_sq: torch.Tensor
     off_mass: torch.Tensor
+
+
+class Merge(Protocol):
+    """Turns the pass of one chunk of tokens over this rank's shard into the pass over the whole vocabulary.
+
+    A collective: every rank must call it equally often, for the same tokens. So a backend cuts its chunks by what all
+    ranks share: N, D and ``largest_shard`` in place of its own number of rows.
+
+    Attributes:
+        largest_shard: rows of the largest shard.
+    """
+
+    largest_shard: int
+
+    def __call__(self, local: TokenPass) -> tuple[TokenPass, torch.Tensor]:
+        """(pass over the whole vocabulary, [C] float32 probability of this rank's shard) of a chunk of C tokens."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from rlvr_fast.backends.base import TokenPass
+from rlvr_fast.backends import torch_backend
+from rlvr_fast.backends.base import Merge, TokenPass
 from rlvr_fast.head import Head
 
 try:
@@ -31,15 +32,31 @@ def head_pass(hidden: torch.Tensor, tokens: torch.Tensor, head: Head) -> TokenPa
 
 
 def head_pass_with_sums(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, coefficients: torch.Tensor,
-                        cu_seqlens: torch.Tensor) -> tuple[TokenPass, torch.Tensor]:
-    """The same, and per response Σ_t c_t ∂logp_t/∂raw: [R, V]. One product; a [V, 128] buffer of logits."""
+                        cu_seqlens: torch.Tensor, merge: Merge | None = None) -> tuple[TokenPass, torch.Tensor]:
+    """The same, and per response Σ_t c_t ∂logp_t/∂raw: [R, V]. One product; a [V, 128] buffer of logits.
+
+    ``merge`` is called for chunks of at most 128 tokens, cut by D alone.
+    """
     sums = torch.empty(cu_seqlens.numel() - 1, head.vocabulary_size)
     coefficients = coefficients.to(torch.float32).contiguous()
     cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
-    return _run(hidden, tokens, head, coefficients, cu_seqlens, sums), sums
+    return _run(hidden, tokens, head, coefficients, cu_seqlens, sums, merge=merge), sums
 
 
-def _run(hidden, tokens, head, coefficients, cu_seqlens, sums, instruction_set="auto") -> TokenPass:
+def head_pass_with_gradient(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, merge: Merge | None = None
+                            ) -> tuple[TokenPass, torch.Tensor]:
+    """The fused pass, then torch's gradient."""
+    return torch_backend.head_pass_with_gradient(hidden, tokens, head, merge, head_pass)
+
+
+def head_pass_with_gram(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, coefficients: torch.Tensor,
+                        groups: list[list[tuple[int, int]]], merge: Merge | None = None
+                        ) -> tuple[TokenPass, list[torch.Tensor]]:
+    """The fused pass, then torch's Gram matrices."""
+    return torch_backend.head_pass_with_gram(hidden, tokens, head, coefficients, groups, merge, head_pass)
+
+
+def _run(hidden, tokens, head, coefficients, cu_seqlens, sums, instruction_set="auto", merge=None) -> TokenPass:
     hidden, weight = hidden.detach().contiguous(), head.weight.detach().contiguous()
     bias = None if head.bias is None else head.bias.detach().to(torch.float32).contiguous()
     results = torch.empty(6, hidden.shape[0])
@@ -47,11 +64,15 @@ def _run(hidden, tokens, head, coefficients, cu_seqlens, sums, instruction_set="
     def address(tensor):
         return 0 if tensor is None else tensor.data_ptr()
 
+    def merge_chunk(first, count):
+        chunk = results[:, first:first + count]
+        chunk.copy_(torch.stack(merge(TokenPass(*chunk.unbind(0)))[0]))
+
     _native.head_pass(
         dtype=_DTYPE_CODES[hidden.dtype], hidden=address(hidden), weight=address(weight), bias=address(bias),
         tokens=address(tokens), n_tokens=hidden.shape[0], vocabulary=head.vocabulary_size, width=head.hidden_size,
         temperature=head.temperature, softcap=head.softcap or 0.0, results=address(results), sums=address(sums),
         coefficients=address(coefficients), cu_seqlens=address(cu_seqlens),
-        n_responses=0 if sums is None else sums.shape[0], n_threads=torch.get_num_threads(),
-        instruction_set=instruction_set)
+        n_responses=0 if sums is None else sums.shape[0], merge=None if merge is None else merge_chunk,
+        n_threads=torch.get_num_threads(), instruction_set=instruction_set)
     return TokenPass(*results.unbind(0))

@@ -3,17 +3,20 @@
 The logits are recomputed tile by tile where a second look is needed. Sums are over the off-target vocabulary; the
 sampled token is put back at the end in float64 (see ``TokenPass``). On a GPU, products of float32
 operands follow torch's TF32 setting.
+
+Over a shard of the vocabulary the ids are the shard's own and -1 elsewhere; given the pass over the whole vocabulary,
+the gradients are this shard's share of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
 from torch.nn.functional import threshold_
 
-from rlvr_fast.backends.base import TokenPass
+from rlvr_fast.backends.base import Merge, TokenPass
 from rlvr_fast.head import Head
 
 TILE_ROWS, TILE_COLUMNS = 256, 2048  # 2 MiB of fp32 logits and their temporaries stay in a CPU's caches
@@ -61,19 +64,18 @@ def _in_tile(tokens: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.
     return local.clamp(0, columns.stop - columns.start - 1), (local >= 0) & (local < columns.stop - columns.start)
 
 
-def _hold_target_out(z: torch.Tensor, tokens: torch.Tensor, columns: slice, value: float) -> torch.Tensor:
-    """Set the sampled token's entry of each row to ``value``, in place."""
+def _set_target(tile: torch.Tensor, tokens: torch.Tensor, columns: slice, value: float | torch.Tensor) -> torch.Tensor:
+    """Set the sampled token's entry of each row that has it here to ``value``, a number or [rows], in place."""
     column, inside = _in_tile(tokens, columns)
-    return z.scatter_(1, column, torch.where(inside, value, z.gather(1, column)))
+    value = value[:, None] if isinstance(value, torch.Tensor) else value
+    return tile.scatter_(1, column, torch.where(inside, value, tile.gather(1, column)))
 
 
 def _scores(rows, tokens, head, columns, lse, off_mass) -> torch.Tensor:
     """∂logp/∂raw of one tile, the target's entry from the off-target mass."""
     z, slope = _logits(rows, head, columns)
     delta = threshold_(torch.exp(z - lse[:, None]), NEGLIGIBLE, 0.0).neg_()
-    column, inside = _in_tile(tokens, columns)
-    delta.scatter_(1, column, torch.where(inside, off_mass[:, None], delta.gather(1, column)))
-    return delta.mul_(slope)
+    return _set_target(delta, tokens, columns, off_mass).mul_(slope)
 
 
 # -- statistics -------------------------------------------------------------------------------------------------------
@@ -94,7 +96,7 @@ class _Running:
         self.target = torch.where(inside[:, 0], z.gather(1, column)[:, 0], self.target)
         at_target = slope.gather(1, column)[:, 0] if isinstance(slope, torch.Tensor) else slope
         self.target_slope = torch.where(inside[:, 0], at_target, self.target_slope)
-        _hold_target_out(z, tokens, columns, FLOOR)
+        _set_target(z, tokens, columns, FLOOR)
         top = torch.maximum(self.top, z.amax(1))
         x = z - top[:, None]
         e = torch.exp(x)
@@ -117,13 +119,13 @@ class _Running:
         e, e_x, e_sq, slope_sq = self.sums.double()
         off, off_x = scale * e, scale * (e_x + shift * e)
         target_x = target - reference
-        target_e = torch.exp(target_x)
+        absent = target <= FLOOR  # masked, or in another shard of the vocabulary: no probability here
+        target_e = torch.where(absent, 0.0, torch.exp(target_x))
         total = off + target_e
         log_total = torch.where(target_e == 1.0, torch.log1p(off), torch.log(total))
-        impossible = target <= FLOOR
-        mean_x = (off_x + torch.where(impossible, 0.0, target_x * target_e)) / total
+        mean_x = (off_x + torch.where(absent, 0.0, target_x * target_e)) / total
         off_mass = off / total
-        return (torch.where(impossible, -torch.inf, target_x - log_total), reference + log_total,
+        return (torch.where(absent, -torch.inf, target_x - log_total), reference + log_total,
                 (log_total - mean_x).clamp(min=0.0), (scale * scale * e_sq + target_e**2) / total**2,
                 (self.target_slope.double() * off_mass) ** 2 + scale * scale * slope_sq / total**2, off_mass)
 
@@ -148,21 +150,40 @@ def head_pass(hidden: torch.Tensor, tokens: torch.Tensor, head: Head) -> TokenPa
     return result
 
 
-def logits_pass(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> TokenPass:
-    """Statistics from logits that the caller holds, one tile taken to float32 at a time."""
+def logits_pass(logits: torch.Tensor, tokens: torch.Tensor, temperature: float, softcap: float | None = None,
+                block: torch.Tensor | None = None) -> TokenPass:
+    """Statistics from logits that the caller holds, one tile taken to float32 at a time.
+
+    ``block`` [N, V], if given, receives ∂logp/∂raw; it may be the logits themselves.
+    """
+
+    def tile(rows: slice, columns: slice) -> tuple[torch.Tensor, torch.Tensor | float]:
+        raw = logits[rows, columns].float()
+        if softcap is None:
+            return (raw * (1.0 / temperature)).clamp_(min=FLOOR), 1.0 / temperature
+        tanh = torch.tanh(raw / softcap)
+        slope = (1.0 - tanh * tanh) / temperature
+        return tanh.mul_(softcap / temperature).masked_fill_(raw == -torch.inf, FLOOR), slope
+
     result = _new_pass(logits)
     for rows in _slices(logits.shape[0], TILE_ROWS):
         running = _Running(rows.stop - rows.start, logits.device)
         for columns in _slices(logits.shape[1], TILE_COLUMNS):
-            z = (logits[rows, columns].float() * (1.0 / temperature)).clamp_(min=FLOOR)
-            running.add(z, 1.0 / temperature, tokens[rows], columns)
+            running.add(*tile(rows, columns), tokens[rows], columns)
         _store(result, rows, running.finish())
+        for columns in _slices(logits.shape[1], TILE_COLUMNS) if block is not None else ():
+            z, slope = tile(rows, columns)
+            delta = torch.exp(z - result.lse[rows, None]).neg_()
+            block[rows, columns] = _set_target(delta, tokens[rows], columns, result.off_mass[rows]).mul_(slope)
     return result
 
 
 def head_pass_with_sums(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, coefficients: torch.Tensor,
-                        cu_seqlens: torch.Tensor) -> tuple[TokenPass, torch.Tensor]:
-    """The same, and per response Σ_t c_t ∂logp_t/∂raw: [R, V]. One product: a few rows' logits stay for the sweep."""
+                        cu_seqlens: torch.Tensor, merge: Merge | None = None) -> tuple[TokenPass, torch.Tensor]:
+    """The same, and per response Σ_t c_t ∂logp_t/∂raw: [R, V]. One product: a few rows' logits stay for the sweep.
+
+    ``merge`` is called for every ``SUM_ROWS`` tokens.
+    """
     n_responses, vocabulary = cu_seqlens.numel() - 1, slice(0, head.vocabulary_size)
     result = _new_pass(hidden)
     sums = torch.zeros(n_responses, head.vocabulary_size, device=hidden.device)
@@ -172,8 +193,10 @@ def head_pass_with_sums(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, 
         running = _Running(rows.stop - rows.start, hidden.device)
         running.add(z, slope, tokens[rows], vocabulary)
         _store(result, rows, running.finish())
+        if merge is not None:
+            _store(result, rows, merge(TokenPass(*(column[rows] for column in result)))[0])
         scores = torch.exp(z - result.lse[rows, None]).neg_()
-        scores.scatter_(1, tokens[rows, None], result.off_mass[rows, None]).mul_(slope)
+        _set_target(scores, tokens[rows], vocabulary, result.off_mass[rows]).mul_(slope)
         inside = (token_index[rows] >= cu_seqlens[:-1, None]) & (token_index[rows] < cu_seqlens[1:, None])
         # A product, not a scatter: bitwise repeatable on a GPU, and few responses meet one chunk of rows.
         sums.addmm_(inside * coefficients[rows].float(), scores)
@@ -181,6 +204,14 @@ def head_pass_with_sums(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, 
 
 
 # -- gradients --------------------------------------------------------------------------------------------------------
+
+
+def head_pass_with_gradient(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, merge: Merge | None = None,
+                            first_pass: Callable[..., TokenPass] = head_pass) -> tuple[TokenPass, torch.Tensor]:
+    """``first_pass``, then ``hidden_gradient``; ``merge`` is called once."""
+    token_pass = first_pass(hidden, tokens, head)
+    token_pass = token_pass if merge is None else merge(token_pass)[0]
+    return token_pass, hidden_gradient(hidden, tokens, head, token_pass)
 
 
 def hidden_gradient(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, token_pass: TokenPass) -> torch.Tensor:
@@ -196,7 +227,7 @@ def hidden_gradient(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, toke
 def linear_logprob_backward(grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None, hidden: torch.Tensor,
                             tokens: torch.Tensor, head: Head, token_pass: TokenPass,
                             needs: tuple[bool, bool, bool]) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of Σ grad_logp·logp + grad_entropy·H for (hidden, weight, bias), accumulated in float32.
+    """Gradients of Σ grad_logp·logp + grad_entropy·H for (hidden, weight, bias), in float32.
 
     With p the softmax and δ the one-hot sampled token: ∂logp/∂z = δ − p, ∂H/∂z = −p (log p + H).
     """
@@ -212,8 +243,7 @@ def linear_logprob_backward(grad_logp: torch.Tensor | None, grad_entropy: torch.
                 grads[1][columns].addmm_(draw.T, hidden[rows].float())
             if needs[2]:
                 grads[2][columns] += draw.sum(0)
-    dtypes = (hidden.dtype, head.weight.dtype, None if head.bias is None else head.bias.dtype)
-    return tuple(None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))
+    return tuple(grads)
 
 
 def _raw_gradient(grad_logp, grad_entropy, hidden, tokens, head, token_pass, rows, columns) -> torch.Tensor:
@@ -222,9 +252,7 @@ def _raw_gradient(grad_logp, grad_entropy, hidden, tokens, head, token_pass, row
     p = threshold_(torch.exp(log_p), NEGLIGIBLE, 0.0)
     gradient = torch.zeros_like(p)
     if grad_logp is not None:
-        column, inside = _in_tile(tokens[rows], columns)
-        delta = -p
-        delta.scatter_(1, column, torch.where(inside, token_pass.off_mass[rows, None], delta.gather(1, column)))
+        delta = _set_target(-p, tokens[rows], columns, token_pass.off_mass[rows])
         gradient.add_(delta.mul_(grad_logp[rows, None]))
     if grad_entropy is not None:
         spread = p * (log_p.clamp(min=-200.0) + token_pass.entropy[rows, None])
@@ -233,6 +261,25 @@ def _raw_gradient(grad_logp, grad_entropy, hidden, tokens, head, token_pass, row
 
 
 # -- Gram matrices of the head's weight gradients ---------------------------------------------------------------------
+
+
+def head_pass_with_gram(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, coefficients: torch.Tensor,
+                        groups: list[list[tuple[int, int]]], merge: Merge | None = None,
+                        first_pass: Callable[..., TokenPass] = head_pass) -> tuple[TokenPass, list[torch.Tensor]]:
+    """``first_pass``, then ``head_gram``; ``merge`` is called once."""
+    token_pass = first_pass(hidden, tokens, head)
+    token_pass = token_pass if merge is None else merge(token_pass)[0]
+    return token_pass, head_gram(hidden, tokens, head, token_pass, coefficients, groups)
+
+
+def through_head(sums: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """sums @ weight, [R, V] float32 by [V, D], in float32; a half-precision weight is widened a few rows at a time."""
+    if weight.dtype == torch.float32:
+        return sums @ weight
+    result = sums.new_zeros(sums.shape[0], weight.shape[1])
+    for start in range(0, weight.shape[0], 8192):
+        result.addmm_(sums[:, start:start + 8192], weight[start:start + 8192].float())
+    return result
 
 
 def head_gram(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, token_pass: TokenPass, coefficients: torch.Tensor,
