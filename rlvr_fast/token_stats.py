@@ -13,6 +13,7 @@ from rlvr_fast import _validate as check
 from rlvr_fast import backends
 from rlvr_fast.backends import TokenPass
 from rlvr_fast.head import Head, check_tokens, check_values
+from rlvr_fast.vocabulary_parallel import VocabularyShard, agreement
 
 ROUNDING = 1e-5  # how far a framework's float32 sums may push a log-prob above 0 or Σp² above 1
 
@@ -54,7 +55,7 @@ class TokenStats:
 
 def token_stats(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, *, bias: torch.Tensor | None = None,
                 temperature: float = 1.0, softcap: float | None = None, hidden_grad: bool = False,
-                backend: str = "auto") -> TokenStats:
+                vocabulary: VocabularyShard | None = None, backend: str = "auto") -> TokenStats:
     """Statistics of sampled tokens in one pass over the vocabulary, without an [N, V] buffer.
 
     Args:
@@ -65,6 +66,8 @@ def token_stats(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor
         temperature: divides the logits.
         softcap: z = softcap·tanh(raw/softcap) before the temperature, or None.
         hidden_grad: also return ∂logp/∂hidden, at the price of a second N·V·D product.
+        vocabulary: this rank's shard of the vocabulary, where ``weight`` and ``bias`` are its rows only. The call is
+            collective then: one all-gather of 24·N bytes per rank, and an all-reduce of ∂logp/∂hidden where asked for.
         backend: "auto", "torch", "native" or "triton".
 
     Returns:
@@ -73,21 +76,26 @@ def token_stats(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    head = Head.checked(hidden, weight, bias, temperature, softcap)
-    tokens = check_tokens(tokens, hidden.shape[0], head.vocabulary_size, hidden.device)
-    check_values(hidden)
-    token_pass = run_head_pass(hidden, tokens, head, backend)
-    gradient = None
-    if hidden_grad:
-        with torch.no_grad():  # a graph would keep every tile of scores alive
-            gradient = backends.select("hidden_gradient", backend, hidden.device)(hidden, tokens, head, token_pass)
-    return TokenStats.from_pass(token_pass, gradient)
+    with agreement(vocabulary) as same:
+        head = Head.checked(hidden, weight, bias, temperature, softcap, vocabulary)
+        tokens = check_tokens(tokens, hidden.shape[0], head.whole_vocabulary_size, hidden.device)
+        check_values(hidden)
+        backends.resolve(backend, hidden.device)
+        same("token_stats", hidden, tokens, head, f"hidden_grad {hidden_grad}")
+    if not hidden_grad:
+        return TokenStats.from_pass(run_head_pass(hidden, tokens, head, backend))
+    with torch.no_grad():  # a graph would keep every tile of scores alive
+        run = backends.select("head_pass_with_gradient", backend, hidden.device)
+        token_pass, gradient = run(hidden, head.local_ids(tokens), head, merge=head.merge)
+        return TokenStats.from_pass(check_pass(token_pass, tokens), head.total(gradient))
 
 
 def run_head_pass(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, backend: str) -> TokenPass:
-    """The head pass of validated inputs, its results checked for NaN on the CPU."""
+    """The head pass of validated inputs over the whole vocabulary, its results checked for NaN on the CPU."""
     with torch.no_grad():
-        return check_pass(backends.select("head_pass", backend, hidden.device)(hidden, tokens, head), tokens)
+        run = backends.select("head_pass", backend, hidden.device)
+        token_pass = run(hidden, head.local_ids(tokens), head)
+        return check_pass(token_pass if head.merge is None else head.merge(token_pass)[0], tokens)
 
 
 def check_pass(token_pass: TokenPass, tokens: torch.Tensor, source: str = "weight and bias must give finite logits"
@@ -103,13 +111,15 @@ def check_pass(token_pass: TokenPass, tokens: torch.Tensor, source: str = "weigh
     return token_pass
 
 
-def token_stats_from_logits(logits: torch.Tensor, tokens: torch.Tensor, *, temperature: float = 1.0) -> TokenStats:
-    """The same statistics for a caller that holds the logits.
+def token_stats_from_logits(logits: torch.Tensor, tokens: torch.Tensor, *, temperature: float = 1.0,
+                            backend: str = "auto") -> TokenStats:
+    """The same statistics for a caller that holds the logits: one read of them.
 
     Args:
         logits: [N, V] raw head output, float. Entries of minus infinity are outside the vocabulary.
         tokens: [N] integer ids in [0, V).
         temperature: divides the logits.
+        backend: "auto", "torch", "triton" or "cuda" (see ``backends.row_pass``).
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
@@ -119,11 +129,10 @@ def token_stats_from_logits(logits: torch.Tensor, tokens: torch.Tensor, *, tempe
         raise ValueError(f"logits must be [N, V] with V >= 1, got {check.describe(logits)}")
     tokens = check_tokens(tokens, logits.shape[0], logits.shape[1], logits.device)
     temperature = check.positive("temperature", temperature)
-    from rlvr_fast.backends import torch_backend
+    from rlvr_fast.backends.row_pass import logits_pass
 
-    with torch.no_grad():
-        token_pass = torch_backend.logits_pass(logits, tokens, temperature)
-        return TokenStats.from_pass(check_pass(token_pass, tokens, "logits must be finite (or -inf)"))
+    token_pass = logits_pass(logits.detach(), tokens, temperature, backend=backend)
+    return TokenStats.from_pass(check_pass(token_pass, tokens, "logits must be finite (or -inf)"))
 
 
 def token_stats_from_logprobs(logp: torch.Tensor, sum_p_sq: torch.Tensor) -> TokenStats:
