@@ -3,12 +3,18 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*)
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/* csrc/cuda/*)
+OLDEST_TRITON := 3.6.0
 
 # One stamp per extra: reinstalls when the metadata, the pins or the native sources change.
 $(VENV)/.%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	touch $@
+
+$(VENV)/.lint: pyproject.toml constraints.txt  # looks at the sources, so nothing has to be built
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check ruff
 	touch $@
 
 .PHONY: demo demo-smollm2 test bench kernels lint clean
@@ -27,11 +33,17 @@ test: $(VENV)/.test  ## the whole test suite, Triton kernels in the interpreter
 bench: $(VENV)/.bench  ## CPU microbenchmarks beside torch eager, torch.compile and TRL; prints a table, writes CSV
 	$(BIN)/python bench/run.py --output bench/results
 
-kernels: $(VENV)/.test  ## compile every Triton kernel ahead of time for four GPU targets; fails on spills
+# The kernels must compile with the oldest supported Triton too, which lies beside the pinned one.
+$(VENV)/triton-$(OLDEST_TRITON): | $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$(OLDEST_TRITON)
+
+kernels: $(VENV)/.test $(VENV)/triton-$(OLDEST_TRITON)  ## compile every kernel for its GPU targets; fails on spills
 	$(BIN)/python bench/compile_kernels.py
+	PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(BIN)/python bench/compile_kernels.py
+	$(BIN)/python bench/compile_cuda.py --skip-without-nvcc
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) build dist outputs *.egg-info rlvr_fast/_native*.so
+	rm -rf $(VENV) build dist outputs *.egg-info rlvr_fast/_native*.so rlvr_fast/_cuda_rows*.so

@@ -1,11 +1,16 @@
 """Compile every Triton kernel ahead of time, without a GPU, and report what the compiler made of it.
 
-    python bench/compile_kernels.py [--json FILE] [--quick] [--only TEXT]
+    python bench/compile_kernels.py [--json FILE] [--quick] [--only TEXT] [--processes N]
 
 For each specialisation that a module of ``rlvr_fast.kernels`` lists and each target: registers per thread, bytes per
 thread spilled to memory, shared memory, and the matrix instructions in the assembly. Exit status 1 if a hot kernel
 spills, if a matrix kernel does not reach the matrix unit (``wgmma`` on sm90), if a kernel needs more shared memory than
 the chip has, or if anything fails to compile. What a specialisation holds is told in ``rlvr_fast.kernels.aot``.
+
+Another Triton than the installed one takes a folder and a path, for instance the oldest that is supported:
+
+    pip install --no-deps --target .triton-3.6.0 triton==3.6.0
+    PYTHONPATH=.triton-3.6.0 python bench/compile_kernels.py
 """
 
 from __future__ import annotations
@@ -136,20 +141,20 @@ def _compile_named(name: str, target: str) -> Row:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON too")
-    parser.add_argument("--quick", action="store_true", help="hot kernels on sm90 only, without the fp16 twins")
+    parser.add_argument("--quick", action="store_true", help="hot kernels on sm90 only, without fp16 and candidates")
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name contains TEXT")
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N", help="default: one per core")
     arguments = parser.parse_args()
 
     jobs = [(entry, target) for entry in specializations() if arguments.only in entry["name"]
             for target in entry.get("targets", TARGETS)]
     if arguments.quick:
         jobs = [(entry, target) for entry, target in jobs
-                if entry["hot"] and "fp16" not in entry["name"] and target == "sm90"]
+                if entry["hot"] and not entry.get("candidate") and "fp16" not in entry["name"] and target == "sm90"]
     rows = run(jobs, arguments.processes)
 
     width = max((len(row.kernel) for row in rows), default=0)
-    print(f"triton {triton.__version__}")
+    print(f"triton {triton.__version__} from {Path(triton.__file__).parent}")
     print(f"{'kernel':<{width}}  target  registers  spill B  shared KiB  matrix  seconds")
     for row in rows:
         print(f"{row.kernel:<{width}}  {row.target:<6}  {row.registers:>9}  {row.spill_bytes:>7}  "

@@ -61,3 +61,47 @@ def test_every_specialization_has_a_name_of_its_own_per_target():
                          "seen = [(e['name'], t) for e in specializations() for t in e.get('targets', TARGETS)]\n"
                          "assert len(seen) == len(set(seen)) > 100, len(seen)")
     assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+CANDIDATES = """
+from dataclasses import replace
+from compile_kernels import specializations
+from rlvr_fast.kernels.config import HEAD_TILE_CANDIDATES, HEAD_TILES
+
+entries = [entry for entry in specializations() if "BLOCK_DEPTH" in entry["constexprs"]]
+widths = {e["constexprs"]["BLOCK_COLUMNS"] for e in specializations() if e["name"].startswith("column_sums")}
+for key, tiles in HEAD_TILE_CANDIDATES.items():
+    for tile in tiles:
+        for shape in (tile, tile.with_softcap()):
+            assert shape.slice_columns in widths, shape
+        if replace(tile, group=HEAD_TILES[key].group) == HEAD_TILES[key]:
+            continue
+        for kernel in ("head_stats", "head_gradient"):
+            wanted = {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "BLOCK_DEPTH": tile.depth,
+                      "SLICES": tile.slices}
+            found = [e for e in entries if e["name"].startswith(kernel) and e["candidate"] and e["targets"] == key[:1]
+                     and e["num_warps"] == tile.num_warps and e["num_stages"] == tile.num_stages
+                     and wanted.items() <= e["constexprs"].items()]
+            assert found, (kernel, tile)
+            assert all(e["hot"] for e in found)
+"""
+
+
+def test_every_candidate_tile_is_among_what_the_gate_compiles():
+    finished = run("-c", CANDIDATES)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+def test_a_candidate_that_shares_a_multiprocessor_fits_twice(tmp_path):
+    """128 x 128 on 4 warps is there for that: 113 KiB and 255 registers of 128 threads each."""
+    report = tmp_path / "kernels.json"
+    finished = run(str(BENCH / "compile_kernels.py"), "--only", "head_gradient bf16 128x128x64 warps=4", "--json",
+                   str(report))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    content = json.loads(report.read_text())
+    assert f"triton {content['triton']} from " in finished.stdout
+    assert content["rows"]
+    for row in content["rows"]:
+        assert row["target"] == "sm90"
+        assert row["shared_bytes"] <= 113 << 10
+        assert row["registers"] <= 255
