@@ -1,0 +1,63 @@
+"""The ``rlvr-fast`` command: thin commands over the package; each loads what it needs when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlvr_fast.simulate.commands import app as simulate
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Gradient analysis for reinforcement learning with verifiable rewards.")
+
+
+app.add_typer(simulate, name="simulate")
+
+
+@app.command()
+def profile(
+    model: Annotated[str | None, typer.Option(help="A public model's shape, such as qwen2.5-7b; 'list' shows all.")
+                     ] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="D, instead of --model.")] = None,
+    vocabulary_size: Annotated[int | None, typer.Option(help="V, instead of --model.")] = None,
+    parameters: Annotated[float | None, typer.Option(help="Of the model, e.g. 7.6e9, for the share of a step.")] = None,
+    softcap: Annotated[float | None, typer.Option(help="Bound of the soft-capped logits.")] = None,
+    prompts: Annotated[int, typer.Option(help="Prompts of a batch.")] = 64,
+    group_size: Annotated[int, typer.Option(help="Responses per prompt.")] = 8,
+    length: Annotated[int, typer.Option(help="Mean tokens per response.")] = 512,
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu; auto takes a GPU if there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32; auto: bfloat16 on a GPU, else float32.")
+                     ] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, triton, native, torch.")] = "auto",
+    levels: Annotated[str, typer.Option(help="Levels of the gap, separated by commas.")] = "logits,hidden,head",
+    repeats: Annotated[int, typer.Option(help="Timed calls per stage.")] = 5,
+    seconds: Annotated[float | None, typer.Option(
+        help="Scale the shape down to take about so long; 60 on a CPU, no limit on a GPU.")] = None,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write JSON; - for stdout.")] = None,
+    trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a Chrome/Perfetto trace.")] = None,
+) -> None:
+    """Time, rate, memory and growth of every analysis stage at a model's scale, on this machine."""
+    from rlvr_fast.profile import command
+
+    try:
+        command.run(model=model, hidden_size=hidden_size, vocabulary_size=vocabulary_size, parameters=parameters,
+                    softcap=softcap, prompts=prompts, group_size=group_size, length=length, device=device, dtype=dtype,
+                    backend=backend, levels=levels, repeats=repeats, seconds=seconds, json_file=json_file, trace=trace)
+    except (ValueError, TypeError, OSError) as error:
+        fail(error)
+
+
+def fail(error: Exception) -> None:
+    """Bad usage: the message on stderr, exit code 2."""
+    typer.echo(f"rlvr-fast: {error}", err=True)
+    raise typer.Exit(2)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

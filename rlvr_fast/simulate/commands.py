@@ -1,0 +1,58 @@
+"""Command line: ``rlvr-fast simulate NAME --output DIR``, also ``python -m rlvr_fast.simulate NAME``."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Reproduce the step-size theory on problems whose truth is known exactly.")
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for NAME.png and NAME.json; made if missing.")]
+Seeds = Annotated[int | None, typer.Option(min=1, help="Independent repetitions; each experiment has its default.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A small version, in seconds.")]
+
+
+def _run(name: str, output: Path, seeds: int | None, quick: bool) -> None:
+    try:
+        experiment = importlib.import_module(f"rlvr_fast.simulate.{name}")
+    except ModuleNotFoundError as error:
+        typer.echo(f"rlvr-fast: the simulations draw with {error.name}; pip install 'rlvr-fast[simulate]'", err=True)
+        raise typer.Exit(2) from error
+    report = experiment.run(quick=quick, **({} if seeds is None else {"seeds": seeds}))
+    report.show()
+    for path in report.write(output):
+        typer.echo(f"wrote {path}")
+
+
+@app.command()
+def threshold(output: Output, seeds: Seeds = None, quick: Quick = False) -> None:
+    """Success after one and after many steps against the step's length, with every threshold marked."""
+    _run("threshold", output, seeds, quick)
+
+
+@app.command()
+def collapse(output: Output, seeds: Seeds = None, quick: Quick = False) -> None:
+    """Above the break-even, success falls at every step although the direction is perfect."""
+    _run("collapse", output, seeds, quick)
+
+
+@app.command()
+def scaling(output: Output, seeds: Seeds = None, quick: Quick = False) -> None:
+    """How the break-even shrinks with response length and with the failure rate; what 1/T does."""
+    _run("scaling", output, seeds, quick)
+
+
+@app.command()
+def stagnation(output: Output, seeds: Seeds = None, quick: Quick = False) -> None:
+    """Which update rules stall below the best success at a fixed rate, and an adaptive rate that does not."""
+    _run("stagnation", output, seeds, quick)
+
+
+@app.command()
+def coverage(output: Output, seeds: Seeds = None, quick: Quick = False) -> None:
+    """Bias, spread and interval coverage of the sampled figures, and how often the verdict is right."""
+    _run("coverage", output, seeds, quick)
