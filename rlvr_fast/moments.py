@@ -17,10 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
-from rlvr_fast.segments import segment_sum
+from rlvr_fast.segments import Segments
 
 GRAM_COLUMNS = 8192  # coordinates taken to float64 at a time
 
@@ -61,7 +62,11 @@ class Responses:
 
     def class_sum(self, values: torch.Tensor) -> torch.Tensor:
         """Σ over the responses of each prompt and class: [R, ...] -> [P, 2, ...]; class 0 incorrect, 1 correct."""
-        return segment_sum(values, self.cell, 2 * self.n_prompts).unflatten(0, (self.n_prompts, 2))
+        return self._cells.sum(values).unflatten(0, (self.n_prompts, 2))
+
+    @cached_property
+    def _cells(self) -> Segments:
+        return Segments.of(self.cell, 2 * self.n_prompts)
 
     def same_as(self, other: Responses) -> bool:
         return self is other or (self.prompt_ids == other.prompt_ids

@@ -218,13 +218,11 @@ def measure_step(logp_before: torch.Tensor, logp_after: torch.Tensor, rollouts: 
     curvature, curvature_variance = groups.second_derivative_of_log_mean(s, h)
 
     ratio_change = torch.expm1(l.clamp(max=300))  # beyond e^300 nothing but the absence of overflow matters
-    rate = groups.success_rate
-    gain, slope = groups.reward_covariance(ratio_change), groups.reward_covariance(s)
-    bend = groups.reward_covariance(s * s + h)
-    success_gain, success_gain_stderr = groups.over_prompts(gain)
-    success_slope, success_slope_stderr = groups.over_prompts(slope)
-    success_curvature, success_curvature_stderr = groups.over_prompts(bend)
-    mean_ratio, mean_ratio_stderr = groups.over_prompts(1 + groups.prompt_mean(ratio_change))
+    rate, ratio = groups.success_rate, 1 + groups.prompt_mean(ratio_change)
+    gain, slope, bend = groups.reward_covariance(torch.stack([ratio_change, s, s * s + h], 1)).unbind(1)
+    means, errors = groups.over_prompts(torch.stack([rate, gain, rate + gain, slope, bend, ratio], 1))
+    success_before, success_gain, _, success_slope, success_curvature, mean_ratio = means.unbind()
+    _, gain_stderr, after_stderr, slope_stderr, curvature_stderr, mean_ratio_stderr = errors.unbind()
 
     return StepMeasure(
         n_correct=groups.n[:, 1].long(), n_incorrect=groups.n[:, 0].long(),
@@ -232,11 +230,10 @@ def measure_step(logp_before: torch.Tensor, logp_after: torch.Tensor, rollouts: 
         ess=ess, ess_correct=ess_class[:, 1], ess_incorrect=ess_class[:, 0],
         alignment=mean_s.diff(dim=1).squeeze(1), alignment_stderr=(variance_s / groups.n).sum(1).sqrt(),
         curvature=curvature.diff(dim=1).squeeze(1), curvature_stderr=curvature_variance.sum(1).sqrt(),
-        success_before=groups.over_prompts(rate)[0],
-        success_gain=success_gain, success_gain_stderr=success_gain_stderr,
-        success_after_stderr=groups.over_prompts(rate + gain)[1],
-        success_slope=success_slope, success_slope_stderr=success_slope_stderr,
-        success_curvature=success_curvature, success_curvature_stderr=success_curvature_stderr,
+        success_before=success_before, success_gain=success_gain, success_gain_stderr=gain_stderr,
+        success_after_stderr=after_stderr,
+        success_slope=success_slope, success_slope_stderr=slope_stderr,
+        success_curvature=success_curvature, success_curvature_stderr=curvature_stderr,
         success_peak_stderr=groups.peak_stderr(slope, bend),
         mean_ratio=mean_ratio, mean_ratio_stderr=mean_ratio_stderr,
         ess_fraction=(2 * l.logsumexp(0) - (2 * l).logsumexp(0)).exp() / l.numel() if l.numel() else l.sum() * math.nan,

@@ -9,7 +9,7 @@ import torch
 from rlvr_fast import _validate as check
 from rlvr_fast import backends
 from rlvr_fast.rollouts import Rollouts
-from rlvr_fast.segments import segment_sum
+from rlvr_fast.segments import Segments
 
 LOGP_DTYPES = (*check.FLOAT_DTYPES, torch.float64)
 LOGP_ROUNDING = 0.01  # a log-prob may exceed 0 by what rounding does to it, no more
@@ -62,13 +62,14 @@ class Groups:
         self.segment = 2 * rollouts.prompt_index + rollouts.correct
         self.reward = rollouts.correct.double()
         self.n_prompts = rollouts.n_prompts
+        self._segments = Segments.of(self.segment, 2 * self.n_prompts)
         self.n = self.sum(torch.ones_like(self.reward))
         self.size = self.n.sum(1)
         self.compared = self.size >= 2  # [P] a prompt with one response says nothing about a change
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """[R] -> [P, 2]."""
-        return segment_sum(x, self.segment, 2 * self.n_prompts).view(self.n_prompts, 2)
+        """[R, ...] -> [P, 2, ...]."""
+        return self._segments.sum(x).unflatten(0, (self.n_prompts, 2))
 
     def spread(self, per_class: torch.Tensor) -> torch.Tensor:
         """[P, 2] -> [R]: each response its class's value."""
@@ -130,15 +131,18 @@ class Groups:
         return self.n[:, 1] / self.size
 
     def reward_covariance(self, x: torch.Tensor) -> torch.Tensor:
-        """[P] Σ(r_i − r̄)x_i/(G − 1), unbiased for E[r x] − E[r]E[x]; exactly 0 where all share one class.
+        """[R, K] -> [P, K]: Σ(r_i − r̄)x_i/(G − 1), unbiased for E[r x] − E[r]E[x]; 0 where all share one class.
 
         NaN for a prompt with one response.
         """
         centred = self.reward - self.success_rate[self.prompt]
-        return self.sum(centred * x).sum(1) / (self.size - 1)
+        return self.sum(centred[:, None] * x).sum(1) / (self.size - 1)[:, None]
 
     def over_prompts(self, per_prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean over the prompts with two responses or more, and its standard error (NaN below two such prompts)."""
+        """[P, K] -> [K], [K]: mean over the prompts with two responses or more, and its standard error.
+
+        The error is NaN below two such prompts.
+        """
         n = self.compared.sum()
         mean = self._compared_sum(per_prompt) / n
         variance = self._compared_sum((per_prompt - mean) ** 2) / (n - 1)
@@ -153,7 +157,7 @@ class Groups:
         return torch.where((total_second < 0) & (n > 1), ((n - 1) / n * spread).sqrt(), math.nan)
 
     def _compared_sum(self, per_prompt: torch.Tensor) -> torch.Tensor:
-        return torch.where(self.compared, per_prompt, 0.0).sum()
+        return torch.where(self.compared.view(-1, *[1] * (per_prompt.ndim - 1)), per_prompt, 0.0).sum(0)
 
     def _largest(self, x: torch.Tensor) -> torch.Tensor:
         lowest = x.new_full((2 * self.n_prompts,), -math.inf)
