@@ -5,15 +5,21 @@ from rlvr_fast.backends import available as available_backends
 from rlvr_fast.gap import Gap, gap_from_gradients, gradient_gap
 from rlvr_fast.kappa import kappa, population_kappa, recover_from_advantages
 from rlvr_fast.linear_logprob import linear_logprob
+from rlvr_fast.model_gap import ModelGap, ModelGapResult
 from rlvr_fast.moments import Moments, ResponseGradients, Responses
 from rlvr_fast.rollouts import Rollouts
 from rlvr_fast.step_bounds import theorem_step_bound, token_step_bound
 from rlvr_fast.step_scan import StepCurve, scan_step
 from rlvr_fast.step_size import StepMeasure, measure_step
 from rlvr_fast.token_stats import TokenStats, token_stats, token_stats_from_logits, token_stats_from_logprobs
+from rlvr_fast.tuned_tiles import load_tiles
+from rlvr_fast.vocabulary_parallel import VocabularyShard
+from rlvr_fast.warm_up import WarmUpReport, warm_up
 
 __all__ = [
     "Gap",
+    "ModelGap",
+    "ModelGapResult",
     "Moments",
     "ResponseGradients",
     "Responses",
@@ -21,6 +27,8 @@ __all__ = [
     "StepCurve",
     "StepMeasure",
     "TokenStats",
+    "VocabularyShard",
+    "WarmUpReport",
     "advantages",
     "advantages_and_weights",
     "available_backends",
@@ -28,6 +36,7 @@ __all__ = [
     "gradient_gap",
     "kappa",
     "linear_logprob",
+    "load_tiles",
     "loss_weights",
     "measure_step",
     "population_kappa",
@@ -38,5 +47,16 @@ __all__ = [
     "token_stats_from_logits",
     "token_stats_from_logprobs",
     "token_step_bound",
+    "tune_head",
+    "warm_up",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """``tune_head`` on first use, so that ``python -m rlvr_fast.tuning`` runs a module that is not imported yet."""
+    if name == "tune_head":
+        from rlvr_fast.tuning import tune_head
+
+        return tune_head
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,78 @@
+"""Backward passes that leave no trace on ``param.grad``, and the slow trustworthy method made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from rlvr_fast.model_gap.micro_batch import MicroBatch
+from rlvr_fast.rollouts import Rollouts
+
+
+@contextmanager
+def isolated_gradients(parameters: dict[str, torch.nn.Parameter]) -> Iterator[None]:
+    """Inside, every ``param.grad`` starts from None; afterwards each is the object it was.
+
+    ``backward`` rather than ``torch.autograd.grad``, which reentrant checkpointing does not allow.
+
+    Raises:
+        ValueError: if a parameter has post-accumulate hooks, which would act (an optimizer in the backward, say).
+    """
+    for name, parameter in parameters.items():
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ValueError(f"{name} has post-accumulate-grad hooks, which a probe backward would set off: "
+                             "remove them while probing")
+    before = {name: parameter.grad for name, parameter in parameters.items()}
+    try:
+        for parameter in parameters.values():
+            parameter.grad = None
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.grad = before[name]
+
+
+class ExactCollector:
+    """⟨G_i, G_j⟩ over all parameters from one backward per response. Keeps the gradients of unfinished prompts.
+
+    Attributes: ``grams`` and ``dots`` as in ``GramCollector``.
+    """
+
+    def __init__(self, rollouts: Rollouts, direction: dict[str, torch.Tensor]) -> None:
+        self.rollouts, self.direction = rollouts, direction
+        self.grams: dict[str, torch.Tensor] = {}
+        self.dots: dict[str, torch.Tensor] = {}
+        self._gradients: dict[int, dict[str, torch.Tensor]] = {}
+
+    def collect(self, micro_batch: MicroBatch, totals: list[torch.Tensor],
+                parameters: dict[str, torch.nn.Parameter]) -> None:
+        """``totals``: log π(o_i) of the micro-batch's responses, each a scalar with a graph."""
+        for response, total in zip(micro_batch.responses, totals, strict=True):
+            with isolated_gradients(parameters):
+                total.backward(retain_graph=True)
+                self._gradients[response] = {name: p.grad.reshape(-1).double() for name, p in parameters.items()
+                                             if p.grad is not None}
+        for prompt, _ in micro_batch.groups:
+            members = self.rollouts.members[prompt]
+            if all(response in self._gradients for response in members):
+                self._reduce(members, [self._gradients.pop(response) for response in members], parameters)
+
+    def flush(self, micro_batch: MicroBatch) -> None:
+        """Nothing waits but prompts with responses still to come."""
+
+    def _reduce(self, members, gradients, parameters) -> None:
+        width = max(len(prompt) for prompt in self.rollouts.members)
+        for name, parameter in parameters.items():
+            own = [gradient.get(name) for gradient in gradients]
+            if all(vector is None for vector in own):
+                continue
+            flat = torch.stack([torch.zeros(parameter.numel(), dtype=torch.float64, device=parameter.device)
+                                if vector is None else vector for vector in own])
+            n_responses = self.rollouts.n_responses
+            gram = self.grams.setdefault(name, flat.new_zeros(n_responses, width))
+            gram[list(members), :len(members)] = flat @ flat.T
+            if name in self.direction:
+                dots = self.dots.setdefault(name, flat.new_zeros(n_responses))
+                dots[list(members)] = flat @ self.direction[name].double().reshape(-1)

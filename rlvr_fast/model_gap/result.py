@@ -1,0 +1,218 @@
+"""What a ModelGap returns: the gap over all tracked weights, and what share of the model that is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from rlvr_fast.batch_gap import vector_products
+from rlvr_fast.estimates import GapEstimate, estimate_gap
+from rlvr_fast.gap import Gap
+from rlvr_fast.moments import Moments, ResponseGradients, Responses
+from rlvr_fast.rollouts import Rollouts
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Coverage:
+    """How much of the model's gradient the gap is about.
+
+    Attributes:
+        tracked: names of the covered parameters.
+        missing: name -> reason, for trainable parameters that are not.
+        norm_sq: name -> squared norm of ``param.grad`` when the probe closed (of the probe's own gradient where there
+            was no training backward), scalar tensors.
+    """
+
+    tracked: tuple[str, ...]
+    missing: dict[str, str]
+    norm_sq: dict[str, torch.Tensor]
+
+    @property
+    def share(self) -> float:
+        """Share of ‖∇‖² in the tracked parameters; NaN without gradients. Synchronises."""
+        total = sum((float(value) for value in self.norm_sq.values()), 0.0)
+        own = sum((float(self.norm_sq[name]) for name in self.tracked if name in self.norm_sq), 0.0)
+        return own / total if total > 0 else float("nan")
+
+    def __repr__(self) -> str:
+        lines = [f"Coverage(share={self.share:.4f} of ||grad||^2, parameters={len(self.tracked)}, "
+                 f"missing={len(self.missing)})"]
+        return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.missing.items())])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ModelGapResult:
+    """The gradient gap of every prompt over a model's weights. The names are those of ``Gap``.
+
+    A prompt whose responses all have coefficient 0 in the training loss (one class only) was not measured: its class
+    sizes are known, its norms are NaN, and it lends no noise to others.
+
+    Attributes:
+        method: "segmented", "ghost", "sketch" or "exact".
+        source: "training", "probe" or "mixed": which backward the gradients were taken from.
+        length_norm: whether each response's gradient was divided by its length.
+        coefficients: [R] float64, c_i of each response in the training loss; 1 where probed.
+        coverage: see Coverage.
+        measured: the Gap of the measured prompts alone. With "sketch" its vectors are sketches: inner products with
+            each other are unbiased, coordinates mean nothing.
+        measured_prompts: [P] bool.
+        estimate: GapEstimate over all P prompts.
+        alignment: [P] float64 ⟨direction, g⁺ − g⁻⟩ [paper A], None without a direction. A direction made from the
+            same rollouts makes it an overestimate.
+    """
+
+    method: str
+    source: str
+    length_norm: bool
+    coefficients: torch.Tensor
+    coverage: Coverage
+    measured: Gap
+    measured_prompts: torch.Tensor
+    estimate: GapEstimate
+    alignment: torch.Tensor | None
+    prompt_ids: tuple
+    _parameter_grams: Callable[[], dict[str, list[torch.Tensor]]]
+
+    n_correct = property(lambda self: self.estimate.n_correct)
+    n_incorrect = property(lambda self: self.estimate.n_incorrect)
+    norm_sq = property(lambda self: self.estimate.norm_sq)
+    norm_sq_naive = property(lambda self: self.estimate.norm_sq_naive)
+    stderr = property(lambda self: self.estimate.stderr)
+    defined = property(lambda self: self.estimate.defined)
+    pooled = property(lambda self: self.estimate.pooled)
+    moments = property(lambda self: self.measured.moments)
+    level = property(lambda self: "model")
+
+    @property
+    def success_rate(self) -> torch.Tensor:
+        return self.n_correct.double() / (self.n_correct + self.n_incorrect)
+
+    @cached_property
+    def gram(self) -> tuple[torch.Tensor | None, ...]:
+        """Per prompt ⟨G_i, G_j⟩ [n, n] float64, rows in rollout order; None for a prompt that was not measured."""
+        grams = iter(self.measured.gram)
+        return tuple(next(grams) if yes else None for yes in self.measured_prompts.tolist())
+
+    @cached_property
+    def parameter_norm_sq(self) -> dict[str, torch.Tensor]:
+        """Per tracked parameter the unbiased ‖g⁺ − g⁻‖² of each prompt: [P] float64. They add up to ``norm_sq``."""
+        responses = self.measured.moments.responses
+        return {name: _spread(estimate_gap(Moments.from_gram(responses, grams)).norm_sq, self.measured_prompts)
+                for name, grams in self._parameter_grams().items()}
+
+    @property
+    def vector(self) -> torch.Tensor | None:
+        """[P, K] float32 sketches of g⁺ − g⁻ for method "sketch", NaN where not defined; None for the others."""
+        own = self.measured.vector
+        if own is None:
+            return None
+        return own.new_full((len(self.prompt_ids), own.shape[1]), torch.nan).index_copy(
+            0, self.measured_prompts.nonzero().squeeze(1), own)
+
+    def interference(self) -> torch.Tensor:
+        """⟨gap_p, gap_q⟩ between prompts: [P, P] float64, NaN where not defined.
+
+        Unbiased: different prompts have independent noise, and the diagonal is ``norm_sq``. Negative entries are
+        prompts that a common step serves at each other's cost.
+
+        Raises:
+            ValueError: for methods other than "sketch", which see no two prompts together.
+        """
+        if self.vector is None:
+            raise ValueError(f"interference needs method 'sketch', method {self.method!r} has no vectors")
+        products = vector_products(self.vector).diagonal_scatter(self.norm_sq)
+        return torch.where(self.defined[:, None] & self.defined, products, torch.nan)
+
+    def summary(self) -> dict[str, float]:
+        """Flat metrics for any logger, as ``Gap.summary`` plus the coverage. Synchronises with the device."""
+        result = self.measured.summary()
+        rate, n = self.success_rate, max(len(self.prompt_ids), 1)
+        counts = {"mixed": self.defined, "solved": rate == 1, "failed": rate == 0, "pooled": self.pooled}
+        result |= {f"rlvr/group/frac_{name}": float(mask.sum()) / n for name, mask in counts.items()}
+        result["rlvr/group/p_mean"] = float(rate.mean())
+        result["rlvr/gap/coverage"] = self.coverage.share
+        if self.alignment is not None:
+            result["rlvr/gap/alignment"] = float(self.alignment[self.defined].mean())
+        return result
+
+    def __repr__(self) -> str:
+        head = (f"ModelGapResult(method={self.method}, source={self.source}, length_norm={self.length_norm}, "
+                f"coverage={self.coverage.share:.4f}, prompts={len(self.prompt_ids)}, "
+                f"measured={int(self.measured_prompts.sum())})")
+        return "\n".join([head, *repr(self.measured).splitlines()[1:]])
+
+
+def build(rollouts: Rollouts, *, method: str, source: str, length_norm: bool, coefficients: torch.Tensor,
+          coverage: Coverage, grams: dict[str, torch.Tensor] | None, sketches: dict[str, torch.Tensor] | None,
+          dots: dict[str, torch.Tensor], direction: bool) -> ModelGapResult:
+    """Scale what was collected by 1/c_i (and 1/|o_i|) and estimate the gap of the measured prompts.
+
+    Args:
+        coefficients: [R] float64 on the host; 0 marks a response that was not measured.
+        grams: per parameter [R, n_max]; sketches: per parameter [R, k]: one of the two.
+        dots: per parameter [R], inner products with the direction.
+    """
+    keep = [prompt for prompt, members in enumerate(rollouts.members)
+            if len(members) and bool((coefficients[list(members)] != 0).all())]
+    members = [rollouts.members[prompt] for prompt in keep]
+    kept = sorted(response for prompt in members for response in prompt)
+    number = {response: p for p, prompt in enumerate(members) for response in prompt}
+    some = next(iter((grams or sketches).values()))
+    device = some.device
+    responses = Responses(rollouts.correct[kept].to(device),
+                          torch.tensor([number[i] for i in kept], dtype=torch.int64, device=device),
+                          tuple(rollouts.prompt_ids[prompt] for prompt in keep))
+    sizes = tuple(len(prompt) for prompt in members)
+    scale = 1.0 / torch.where(coefficients == 0, 1.0, coefficients)
+    if length_norm:
+        scale = scale / rollouts.lengths.clamp(min=1).double().cpu()
+    scale = scale.to(device)
+
+    def matrices(table):
+        return [table[list(own), :len(own)] * scale[list(own), None] * scale[list(own)] for own in members]
+
+    if grams is not None:
+        def parameter_grams():
+            return {name: matrices(table) for name, table in grams.items()}
+
+        total = tuple(matrices(sum(grams.values())))
+        moments = Moments.from_gram(responses, total)
+        gap = Gap("model", length_norm, estimate_gap(moments), moments, sizes, summed_grams=total)
+    else:
+        scaled = {name: table[kept] * scale[kept, None].to(table.dtype) for name, table in sketches.items()}
+
+        def parameter_grams():
+            return {name: list(ResponseGradients(responses, table).grams(sizes)) for name, table in scaled.items()}
+
+        gradients = ResponseGradients(responses, torch.cat(list(scaled.values()), 1))
+        moments, means = gradients.moments(), gradients.class_means()
+        gap = Gap("model", length_norm, estimate_gap(moments), moments, sizes, gradients=gradients,
+                  correct_mean=means[:, 1],
+                  incorrect_mean=means[:, 0])
+    mask = torch.zeros(rollouts.n_prompts, dtype=torch.bool, device=device)
+    mask[keep] = True
+    alignment = None
+    if direction:
+        along = (sum(dots.values()) * scale)[kept] if dots else torch.zeros(len(kept), dtype=torch.float64)
+        means = responses.class_sum(along) / moments.count
+        alignment = _spread(means[:, 1] - means[:, 0], mask)
+    return ModelGapResult(method, source, length_norm, coefficients, coverage, gap, mask,
+                          _over_all_prompts(gap.estimate, mask, rollouts, device), alignment, rollouts.prompt_ids,
+                          parameter_grams)
+
+
+def _over_all_prompts(estimate: GapEstimate, mask: torch.Tensor, rollouts: Rollouts, device) -> GapEstimate:
+    sizes = torch.zeros(2, rollouts.n_prompts, dtype=torch.int64, device=device)
+    index, correct = rollouts.prompt_index.to(device), rollouts.correct.to(device).long()
+    sizes.view(-1).index_add_(0, correct * rollouts.n_prompts + index, torch.ones_like(index))
+    spread = {name: _spread(getattr(estimate, name), mask) for name in estimate._fields[2:]}
+    return GapEstimate(sizes[1], sizes[0], **spread)
+
+
+def _spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The values of the measured prompts at their places, NaN (or false) elsewhere."""
+    empty = values.new_zeros(mask.shape) if values.dtype == torch.bool else values.new_full(mask.shape, torch.nan)
+    return empty.masked_scatter(mask, values)

@@ -1,0 +1,170 @@
+"""Seeing a layer's input and the gradient of its output in the backward, whatever the training loop does with graphs.
+
+``Tap`` is an identity on a layer's output that keeps the layer's input through ``save_for_backward`` alone: saved
+tensors take part in activation checkpointing and offloading like a layer's own, and hooks that fire twice under
+recomputation are not needed. The layer that saves its input anyway shares it with the tap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rlvr_fast.model_gap.collect import weight_gradient
+from rlvr_fast.model_gap.micro_batch import MicroBatch, Spans
+from rlvr_fast.model_gap.segmented import accumulation_dtype
+
+
+class Tap(torch.autograd.Function):
+    """``Tap.apply(site, micro_batch, spans, output, seen, weight)``: output; the site returns the weight's gradient."""
+
+    @staticmethod
+    def forward(ctx, site, micro_batch, spans, output, seen, weight):
+        ctx.site, ctx.micro_batch, ctx.spans = site, micro_batch, spans
+        ctx.save_for_backward(seen)
+        return output.detach()  # not a view for autograd: in-place operations may follow
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (seen,) = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[5]
+        with torch.no_grad():
+            weight_gradient = ctx.site.arrive(ctx.micro_batch, ctx.spans, seen, gradient, wanted)
+        return None, None, None, gradient, None, weight_gradient
+
+
+class Site:
+    """One tapped module. ``parameters`` maps its own names ("weight", "bias") to the names of tracked parameters."""
+
+    def __init__(self, recording, module: nn.Module, name: str, parameters: dict[str, str]) -> None:
+        self.recording, self.module, self.name, self.parameters = recording, module, name, parameters
+        self.original = module.forward
+
+    def uses(self) -> list[tuple[str, str]]:
+        """(parameter, kind) of what it reports."""
+        raise NotImplementedError
+
+    def leading(self, seen: torch.Tensor) -> torch.Size:
+        return seen.shape[:-1]
+
+    def run(self, micro_batch: MicroBatch, spans: Spans, seen: torch.Tensor) -> torch.Tensor:
+        return Tap.apply(self, micro_batch, spans, self.original(seen), seen, None)
+
+    def contributions(self, seen: torch.Tensor, gradient: torch.Tensor) -> Iterator[tuple]:
+        """(kind, parameter, tensors...) of what each row adds to the gradients, kinds as in ``collect``."""
+        raise NotImplementedError
+
+    def forward(self, *args, **kwargs):
+        """What stands in for the module's forward."""
+        seen = args[0] if len(args) == 1 and not kwargs else kwargs.get("input") if len(kwargs) == 1 else None
+        place = self.recording.locate(self, seen)
+        if place is None:
+            return self.original(*args, **kwargs)
+        micro_batch, spans, recomputed = place
+        if not recomputed:
+            micro_batch.calls.update(self.uses())
+            self.called(micro_batch, spans, seen)
+        return self.run(micro_batch, spans, seen)
+
+    def called(self, micro_batch: MicroBatch, spans: Spans, seen: torch.Tensor) -> None:
+        """For sites that need to know of a use before its backward."""
+
+    def arrive(self, micro_batch, spans, seen, gradient, wanted) -> torch.Tensor | None:
+        """A backward came through; returns the gradient of the module's weight when it is wanted."""
+        captured = self.recording.captures(self, micro_batch)
+        if captured:
+            micro_batch.arrived.update(self.uses())
+            self.recording.observe_head(self, micro_batch, spans, seen, gradient)
+        result = None
+        for kind, parameter, *tensors in self.contributions(seen, gradient):
+            getattr(self.recording.witness, kind)(parameter, *tensors)
+            for tensor in (seen, gradient):
+                self.recording.witness.rounded(parameter, tensor.dtype)
+            if captured:
+                extra = (wanted,) if kind == "outer" else ()
+                result = getattr(self.recording.collector, kind)(parameter, micro_batch, *tensors, spans, *extra)
+            elif wanted and kind == "outer":
+                result = weight_gradient(*tensors)
+        return result.to(self.module.weight.dtype) if wanted else None
+
+class LinearSite(Site):
+    """nn.Linear. With method "segmented" its weight's gradient is formed here, response by response."""
+
+    @property
+    def fused(self) -> bool:
+        return self.recording.method == "segmented" and "weight" in self.parameters
+
+    def uses(self):
+        kinds = {"weight": "outer", "bias": "vector"}
+        return [(parameter, kinds[own]) for own, parameter in self.parameters.items()]
+
+    def run(self, micro_batch, spans, seen):
+        seen = _autocast(seen)
+        if not self.fused:
+            return Tap.apply(self, micro_batch, spans, self.original(seen), seen, None)
+        weight = self.module.weight
+        output = F.linear(seen, weight.detach(), self.module.bias)
+        return Tap.apply(self, micro_batch, spans, output, seen, weight)
+
+    def contributions(self, seen, gradient):
+        a, b = seen.reshape(-1, seen.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        if "bias" in self.parameters:
+            yield "vector", self.parameters["bias"], b
+        if "weight" in self.parameters:
+            yield "outer", self.parameters["weight"], b, a
+
+
+class EmbeddingSite(Site):
+    """nn.Embedding: ``seen`` are the ids."""
+
+    def uses(self):
+        return [(self.parameters["weight"], "rows")]
+
+    def leading(self, seen):
+        return seen.shape
+
+    def called(self, micro_batch, spans, seen):
+        micro_batch.embedding_ids.setdefault(self.parameters["weight"], []).append((seen.detach().reshape(-1), spans))
+
+    def contributions(self, seen, gradient):
+        ids, b = seen.reshape(-1), gradient.reshape(-1, gradient.shape[-1])
+        if self.module.padding_idx is not None:
+            b = b * (ids != self.module.padding_idx)[:, None]
+        yield "rows", self.parameters["weight"], ids, b
+
+
+class ScaleSite(Site):
+    """A module whose output is affine in its [d] parameters, element by element (LayerNorm, RMSNorm of any make)."""
+
+    def uses(self):
+        return [(parameter, "vector") for parameter in self.parameters.values()]
+
+    def contributions(self, seen, gradient):
+        for own, parameter in self.parameters.items():
+            values = gradient if own == "bias" else gradient * scale_slope(self.module, self.original, seen)
+            yield "vector", parameter, values.reshape(-1, values.shape[-1])
+
+
+def scale_slope(module: nn.Module, forward, x: torch.Tensor) -> torch.Tensor:
+    """∂ output / ∂ weight of an elementwise affine module at ``x``: output(weight = 1) − output(weight = 0)."""
+    weight = module.weight
+    x = x.to(accumulation_dtype(x.dtype))
+    results = []
+    for value in (1.0, 0.0):
+        module._parameters["weight"] = torch.full_like(weight, value, dtype=x.dtype)
+        try:
+            results.append(forward(x))
+        finally:
+            module._parameters["weight"] = weight
+    return results[0] - results[1]
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as autocast would hand it to a linear layer."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
