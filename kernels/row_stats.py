@@ -23,42 +23,13 @@ import torch
 import triton
 import triton.language as tl
 
-from rlvr_fast.kernels.combine_stats import log1p_unit
-from rlvr_fast.kernels.logit_tile import LN_2, LOG2_E, soft_cap
+from rlvr_fast.kernels.logit_tile import LOG2_E, soft_cap
+from rlvr_fast.kernels.token_results import token_results
 
 N_RESULTS = 6
 LANES = 1024  # four loads of 16 bytes in flight for each of 256 threads
 SOFTCAP_LANES = 512  # its derivatives need the registers
 NUM_WARPS = 8
-
-
-@triton.jit
-def token_results(z, maximum, mass, square, first, slope_square, target_slope, here, inverse_temperature):
-    """(logp, lse, entropy, sum_p_sq, score_sq, off_mass, derivative by the target's raw logit, off_mass / (S·T)).
-
-    The formulas are told in ``combine_stats``. ``z`` is the target's logit in base 2, -inf unless it is ``here``; with
-    x = z_v - maximum and e = 2^x over the held-out entries, ``mass`` = Σe, ``square`` = Σe², ``first`` = Σe·x,
-    ``slope_square`` = Σ(e·f)².
-    """
-    # Without another token in the vocabulary there is no maximum; off_mass, its weight, is 0 then.
-    has_others = mass != 0.0
-    mass = tl.where(has_others, mass, 1.0)
-    log_mass = tl.where(has_others, tl.log2(mass), float("-inf"))
-    log_odds = tl.where(here, z - maximum - log_mass, float("-inf"))
-    smaller = tl.exp2(-tl.abs(log_odds))
-    tail = log1p_unit(smaller)
-    likely = log_odds >= 0
-    off_mass = tl.where(likely, smaller, 1.0) / (1.0 + smaller)
-    p = tl.where(likely, 1.0, smaller) / (1.0 + smaller)
-    logp = tl.minimum(log_odds, 0.0) * LN_2 - tail
-    off_per_mass = off_mass / mass
-    lse = tl.maximum(z, maximum + log_mass) * LN_2 + tail
-    above_maximum = tl.where(has_others, tl.maximum(z - maximum, log_mass) * LN_2 + tail, 0.0)
-    entropy = off_mass * (above_maximum - first / mass * LN_2) - tl.where(p == 0.0, 0.0, p * logp)
-    target_draw = tl.where(here, off_mass * target_slope * inverse_temperature, 0.0)
-    others = off_per_mass * inverse_temperature
-    return (logp, lse, entropy, p * p + square * off_per_mass * off_per_mass,
-            target_draw * target_draw + slope_square * others * others, off_mass, target_draw, others)
 
 
 @triton.jit
