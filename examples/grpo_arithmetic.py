@@ -19,7 +19,6 @@ import torch
 from arithmetic import task
 from arithmetic.model import Policy
 from arithmetic.plots import plot_runs
-from arithmetic.proposal import apply, propose
 from arithmetic.records import Forecast, Run, StepRecord, write_jsonl
 from arithmetic.report import Reporter
 from arithmetic.sampling import completion_hidden, completion_logp, exact_success, sample
@@ -72,14 +71,14 @@ def train(policy: Policy, problems: torch.Tensor, held_out: torch.Tensor, name: 
         gap = rf.gradient_gap(hidden, policy.lm_head.weight, rollouts)
 
         # The step that Adam wants to take, judged on fresh rollouts of problems that are not trained on.
-        update = propose(optimizer, parameters)
+        update = rf.propose(optimizer, parameters)
         probe = sample(policy, held_out, settings.probe_group_size, generator)
         scan = rf.scan_step(lambda probe=probe: completion_logp(policy, probe), parameters, update, probe.rollouts,
                             multiples=settings.multiples, in_sample=False)
         forecast = Forecast.of(rate, gap, scan)
         reporter.announce(step, forecast, success)
 
-        apply(update, parameters)
+        optimizer.step()
         before, success = success, exact_success(policy, held_out)
         records.append(StepRecord(name, step, forecast, before, success))
         reporter.outcome(records[-1])

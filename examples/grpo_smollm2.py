@@ -15,11 +15,9 @@ which a real task would not offer; the truth takes no part in the estimates.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from arithmetic.proposal import apply, propose
 from smollm2 import task
 from smollm2.clock import Clock
 from smollm2.plots import save_plots
@@ -51,7 +49,7 @@ def main() -> None:
                 batch = policy.sample(next(batches), options.responses, generator)
             with clock("training"):
                 hidden, entropy = backward(policy, optimizer, batch)
-                update = propose(optimizer, policy.parameters)
+                update = rf.propose(optimizer, policy.parameters)
             with clock("gap"):
                 gap = rf.gradient_gap(hidden, policy.head, batch.rollouts, level="hidden")
             with clock("head gap"):  # once, to show what it costs
@@ -61,7 +59,7 @@ def main() -> None:
             with clock("scan"):
                 curve, truth = judge(policy, update, before, logp_before, heldout, clock)
             with clock("training"):
-                apply(update, policy.parameters)
+                optimizer.step()
 
             # Where it led. The new rollouts judge the next step, too.
             with clock("held-out rollouts"):
@@ -88,7 +86,7 @@ def backward(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch) -> 
     return hidden.detach(), entropy.detach()
 
 
-def judge(policy: Policy, update: Sequence[torch.Tensor], batch: Batch, logp_before: torch.Tensor,
+def judge(policy: Policy, update: dict[torch.Tensor, torch.Tensor], batch: Batch, logp_before: torch.Tensor,
           heldout: list[task.Sum], clock: Clock) -> tuple[rf.StepCurve, list[float]]:
     """The update tried at all multiples, and the exact success rate at multiple 0 and at each of them."""
     def exact() -> float:

@@ -6,6 +6,7 @@ from rlvr_fast.gap import Gap, gap_from_gradients, gradient_gap
 from rlvr_fast.kappa import kappa, population_kappa, recover_from_advantages
 from rlvr_fast.linear_logprob import linear_logprob
 from rlvr_fast.model_gap import ModelGap, ModelGapResult
+from rlvr_fast.model_gap.direction import StepRecorder, adam_direction, propose
 from rlvr_fast.moments import Moments, ResponseGradients, Responses
 from rlvr_fast.rollouts import Rollouts
 from rlvr_fast.step_bounds import theorem_step_bound, token_step_bound
@@ -26,9 +27,11 @@ __all__ = [
     "Rollouts",
     "StepCurve",
     "StepMeasure",
+    "StepRecorder",
     "TokenStats",
     "VocabularyShard",
     "WarmUpReport",
+    "adam_direction",
     "advantages",
     "advantages_and_weights",
     "available_backends",
@@ -40,6 +43,7 @@ __all__ = [
     "loss_weights",
     "measure_step",
     "population_kappa",
+    "propose",
     "recover_from_advantages",
     "scan_step",
     "theorem_step_bound",

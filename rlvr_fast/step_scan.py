@@ -9,7 +9,7 @@ The curve errs on the long, unsafe side there, so the verdict refuses to speak w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -185,7 +185,8 @@ def crossing(multiples: Sequence[float], gain: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def scan_step(logp_fn: Callable[[], torch.Tensor], parameters: Iterable[torch.Tensor], update: Sequence[torch.Tensor],
+def scan_step(logp_fn: Callable[[], torch.Tensor], parameters: Iterable[torch.Tensor],
+              update: Sequence[torch.Tensor] | Mapping[torch.Tensor, torch.Tensor],
               rollouts: Rollouts, *, multiples: Sequence[float] = (0.5, 1, 2, 4),
               logp_before: torch.Tensor | None = None, in_sample: bool | None = None, z: float = 2.0,
               margin: float = 2.0, ess_floor: float = EFFECTIVE_SHARE, backend: str = "auto") -> StepCurve:
@@ -199,7 +200,8 @@ def scan_step(logp_fn: Callable[[], torch.Tensor], parameters: Iterable[torch.Te
         logp_fn: returns the log-probs of the rollouts' tokens under the current parameters, [N] or the rollouts'
             layout. It must be deterministic: no dropout, no new rollouts. Called without gradients, once per multiple.
         parameters: the distinct floating-point tensors to move.
-        update: Δ, one tensor of the same shape for each parameter, on its device.
+        update: Δ, one tensor of the same shape for each parameter, on its device; or a dict {parameter: Δ} that has
+            all of them, as ``propose`` returns it.
         rollouts: sampled from the policy at multiple 0, better not those that built the update.
         multiples: positive, strictly increasing.
         logp_before: log-probs at multiple 0; by default ``logp_fn`` is called for them. If given, they must come from
@@ -249,12 +251,18 @@ def _multiples(multiples: Sequence[float]) -> tuple[float, ...]:
     return checked
 
 
-def _pairs(parameters: Iterable[torch.Tensor],
-           update: Sequence[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+def _pairs(parameters: Iterable[torch.Tensor], update: Sequence[torch.Tensor] | Mapping[torch.Tensor, torch.Tensor]
+           ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     for name, value in (("parameters", parameters), ("update", update)):
         if isinstance(value, torch.Tensor) or not isinstance(value, Iterable):
             raise TypeError(f"{name} must be a sequence of tensors, got {check.describe(value)}")
-    parameters, update = tuple(parameters), tuple(update)
+    parameters = tuple(parameters)
+    if isinstance(update, Mapping):
+        missing = [i for i, parameter in enumerate(parameters) if parameter not in update]
+        if missing:
+            raise ValueError(f"update must have a tensor for every parameter, got none for parameters[{missing[0]}]")
+        update = tuple(update[parameter] for parameter in parameters)
+    update = tuple(update)
     if not parameters or len(parameters) != len(update):
         raise ValueError("parameters and update must hold the same number of tensors, at least one, "
                          f"got {len(parameters)} and {len(update)}")

@@ -17,7 +17,6 @@ sys.path.insert(0, str(EXAMPLES))
 import grpo_arithmetic  # noqa: E402
 from arithmetic import task  # noqa: E402
 from arithmetic.model import Policy  # noqa: E402
-from arithmetic.proposal import apply, propose  # noqa: E402
 from arithmetic.records import Forecast, Run, StepRecord  # noqa: E402
 from arithmetic.sampling import completion_logp, exact_success, sample  # noqa: E402
 from arithmetic.summary import collapse_step, summarise  # noqa: E402
@@ -54,23 +53,6 @@ def test_exact_success_is_the_limit_of_sampled_success():
     # one right answer, so one probability, and it is the prompt's success rate
     assert all(torch.allclose(found, found[:1].expand_as(found), atol=1e-5) for found in right)
     assert sum(found[0].exp().item() for found in right) / 2 == pytest.approx(exact, rel=1e-4)
-
-
-def test_a_proposal_leaves_the_parameters_alone_until_it_is_applied():
-    torch.manual_seed(0)
-    policy = Policy(5, 4, width=8, n_heads=2, n_layers=1)
-    twin = Policy(5, 4, width=8, n_heads=2, n_layers=1)
-    twin.load_state_dict(policy.state_dict())
-    for model in (policy, twin):
-        model(torch.tensor([[1, 2, 3]])).square().sum().backward()
-    before = [parameter.clone() for parameter in policy.parameters()]
-    parameters = list(policy.parameters())
-    update = propose(torch.optim.Adam(parameters, lr=0.01), parameters)
-    assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
-    apply(update, parameters)
-    torch.optim.Adam(twin.parameters(), lr=0.01).step()
-    for ours, plain in zip(parameters, twin.parameters(), strict=True):
-        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-7)  # θ + (θ' − θ) is θ' up to one rounding
 
 
 FORECAST = Forecast(

@@ -39,6 +39,18 @@ def sampled_model(theta=0.3, n_prompts=128, group_size=16):
 # -- the curve --------------------------------------------------------------------------------------------------------
 
 
+def test_an_update_may_be_a_dict_that_has_every_parameter():
+    model = sampled_model(n_prompts=4)
+    other = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    delta = torch.full_like(model.theta.detach(), 0.05)
+    listed = scan_step(model.logp, [model.theta], [delta], model.rollouts, in_sample=False)
+    by_name = scan_step(model.logp, [model.theta], {other: torch.ones(2), model.theta: delta}, model.rollouts,
+                        in_sample=False)
+    assert torch.equal(listed.success, by_name.success)
+    with pytest.raises(ValueError, match=r"every parameter, got none for parameters\[1\]"):
+        scan_step(model.logp, [model.theta, other], {model.theta: delta}, model.rollouts, in_sample=False)
+
+
 def test_curve_and_break_even_are_exact_on_a_sample_that_is_the_policy():
     policy, rollouts = SignPolicy.exact_sample(5, 1, n_prompts=2)
     multiples = tuple(0.25 * k for k in range(1, 9))

@@ -5,12 +5,16 @@ Nothing of the model changes but the ``forward`` of instances: no hook on a modu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from rlvr_fast import _validate as check
+from rlvr_fast.model_gap.segmented import accumulation_dtype
 from rlvr_fast.model_gap.tap import EmbeddingSite, LinearSite, ScaleSite, Site, scale_slope
 
 _ABSENT = object()
@@ -34,26 +38,39 @@ class Replacement:
             self.module.__dict__["forward"] = self.previous
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuse models whose backward does not pass through plain eager modules in this process."""
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, out of a DistributedDataParallel, which only averages what its layers' backward brings."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(model, DistributedDataParallel):
+        return model
+    if model.mixed_precision is not None:
+        raise ValueError("model must be in a DistributedDataParallel without mixed_precision, which puts other tensors "
+                         "in the place of its parameters: use torch.autocast")
+    return model.module
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse models whose backward does not pass through plain eager modules, whole while they run, in this process."""
     for name, module in model.named_modules():
         where = f"model ({type(module).__name__}{f' at {name}' if name else ''})"
         if isinstance(module.__dict__.get("forward"), Replacement):
             raise RuntimeError(f"{where} is already inside a ModelGap: one at a time")
         if isinstance(module, nn.DataParallel):
             raise ValueError(f"{where} must not be in torch.nn.DataParallel, which copies it: pass model.module")
-        if any(kind.__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
-               for kind in type(module).__mro__):
-            raise ValueError(f"{where} must not be wrapped by a distributed engine: gradients and shards of other "
+        if _is_a(module, "DistributedDataParallel", "FullyShardedDataParallel"):
+            raise ValueError(f"{where} must not be wrapped by a distributed engine other than one "
+                             "DistributedDataParallel around it, or fully_shard: gradients and shards of other "
                              "processes are not seen here")
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(f"{where} must not be compiled: run the measured step on the module torch.compile got")
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"{where} must not be a TorchScript module")
+    gathered = tuple(f"{path}." if path else "" for path, module in model.named_modules()
+                     if _is_a(module, "FSDPModule"))
     for name, parameter in model.named_parameters():
-        if parameter.is_meta or hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id"):  # DTensor, ZeRO
+        elsewhere = is_sharded(parameter) and not name.startswith(gathered)  # tensor parallel
+        if parameter.is_meta or elsewhere or hasattr(parameter, "ds_id"):  # ZeRO
             raise ValueError(f"model must hold plain tensors, got {type(parameter).__name__} for {name} "
                              f"on {parameter.device}")
     devices = {parameter.device for parameter in model.parameters()}
@@ -61,6 +78,32 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(f"model must be on one device, got {', '.join(sorted(map(str, devices)))}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model must have a parameter that requires a gradient, got none")
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(tensor, "device_mesh")
+
+
+def reshard(model: nn.Module) -> None:
+    """Let modules under ``fully_shard`` have their sharded parameters, which a forward may have left gathered."""
+    for module in model.modules():
+        if _is_a(module, "FSDPModule"):
+            module.reshard()
+
+
+def check_group(parameters: dict[str, nn.Parameter], group: dist.ProcessGroup | None) -> None:
+    """A sharded model's gradients are whole in the group of all ranks that hold a part of it."""
+    ranks = set() if group is None else set(dist.get_process_group_ranks(group))
+    for name, parameter in parameters.items():
+        if is_sharded(parameter) and ranks != set(parameter.device_mesh.mesh.flatten().tolist()):
+            raise ValueError(f"group must hold the ranks that {name} is sharded over, "
+                             f"{parameter.device_mesh.mesh.flatten().tolist()}; got {sorted(ranks) or None}")
+
+
+def _is_a(module: nn.Module, *names: str) -> bool:
+    """By name, so that no distributed engine is imported for the question."""
+    return any(kind.__name__ in names for kind in type(module).__mro__)
 
 
 def find_sites(recording, model: nn.Module, names: dict[int, str], lm_head: nn.Module | None
@@ -119,17 +162,17 @@ def _is_scale(module: nn.Module, known: dict[tuple, bool]) -> bool:
 
 
 def _behaves_as_scale(module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator).to(weight)  # noqa: E731
+    generator, like = torch.Generator().manual_seed(0), {"dtype": weight.dtype, "device": weight.device}
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(**like)  # noqa: E731
     x, trial = draw(2, 3, len(weight)), {"weight": draw(len(weight))}
     if bias is not None:
         trial["bias"] = draw(len(weight))
     before = dict(module._parameters)
     try:
         with torch.no_grad():
-            module._parameters["weight"] = torch.zeros_like(weight)
+            module._parameters["weight"] = torch.zeros(weight.shape, **like)  # whole, where the weight is a shard
             if bias is not None:
-                module._parameters["bias"] = torch.zeros_like(bias)
+                module._parameters["bias"] = torch.zeros(bias.shape, **like)
             still, slope = module.forward(x), scale_slope(module, module.forward, x)
             module._parameters.update(trial)
             output = module.forward(x)
@@ -140,6 +183,23 @@ def _behaves_as_scale(module: nn.Module, weight: torch.Tensor, bias: torch.Tenso
         return False
     finally:
         module._parameters.update(before)
+
+
+def gradient_norm_sq(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Per parameter the squared norm of its gradient, float64 scalars; of a shard times the number of shards.
+
+    So the mean over the ranks is that of the whole gradient, whether each has all of it or a shard.
+    """
+    norms = {}
+    for name, gradient in gradients.items():
+        shards = 1
+        if is_sharded(gradient):
+            shards = math.prod(size for size, placement in zip(gradient.device_mesh.shape, gradient.placements,
+                                                               strict=True) if placement.is_shard())
+            gradient = gradient.to_local()
+        norm = torch.linalg.vector_norm(gradient, dtype=accumulation_dtype(gradient.dtype))
+        norms[name] = shards * norm.double().square()
+    return norms
 
 
 def find_lm_head(model: nn.Module, given: nn.Module | None) -> nn.Module | None:
@@ -168,6 +228,9 @@ def check_direction(direction: dict | None, parameters: dict[str, nn.Parameter])
         name = names.get(id(key)) if isinstance(key, torch.Tensor) else key
         if name not in parameters:
             raise ValueError(f"direction must name trainable parameters of the model, got {check.describe(key)}")
+        if isinstance(value, torch.Tensor) and is_sharded(value):
+            raise TypeError(f"direction[{name}] must be a plain tensor of the whole shape, got a DTensor: pass its "
+                            "full_tensor()")
         check.tensor(f"direction[{name}]", value, shape=tuple(parameters[name].shape), device=parameters[name].device)
         result[name] = value.detach()
     return result

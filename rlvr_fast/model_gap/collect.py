@@ -182,6 +182,13 @@ class GramCollector:
                 self.dots[name][rows] += dots[which]
 
 
+def sketch_columns(shape: torch.Size, k: int) -> int:
+    """Floats in the sketch of a parameter: matrices are folded on two sides, vectors on one, others are not tracked."""
+    if len(shape) not in (1, 2):
+        return 0
+    return min(shape[0], k**2) if len(shape) == 1 else min(shape[0], k) * min(shape[1], k)
+
+
 class SketchCollector:
     """Sketches of all responses' gradients, per parameter: {name: [R, k_out * k_in] float32}. See ``Fold``."""
 

@@ -6,18 +6,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from rlvr_fast import _validate as check
-from rlvr_fast.model_gap import attach, micro_batch, result
-from rlvr_fast.model_gap.coefficients import NotConstant, response_coefficients
-from rlvr_fast.model_gap.collect import GramCollector, SketchCollector
+from rlvr_fast.model_gap import attach, micro_batch, parallel, result
+from rlvr_fast.model_gap.collect import GramCollector, SketchCollector, sketch_columns
+from rlvr_fast.model_gap.collected import Collected
 from rlvr_fast.model_gap.exact import ExactCollector, isolated_gradients
-from rlvr_fast.model_gap.micro_batch import MicroBatch
 from rlvr_fast.model_gap.recording import Recording
 from rlvr_fast.model_gap.response_totals import response_totals
 from rlvr_fast.model_gap.result import Coverage, ModelGapResult
-from rlvr_fast.model_gap.segmented import accumulation_dtype
 from rlvr_fast.model_gap.witness import Witness
 from rlvr_fast.rollouts import Rollouts
 
@@ -45,12 +44,22 @@ class ModelGap:
     read off the gradient of the lm_head's logits, not assumed, and c_i is divided out. Prompts of one class may have
     c_i = 0; they have no gap. For any other loss call ``backward(logp)`` before the loss's own backward.
 
+    **Several ranks.** ``model`` may be in a ``DistributedDataParallel`` or under ``fully_shard``; each rank's
+    ``rollouts`` are its own responses. With ``group`` the result is about those of all its ranks, in rank order, bit
+    for bit the same on each. Making the ModelGap is collective then (a few words on the host), and so is the first use
+    of ``gap()`` or ``coverage``: one all-gather of what the step added, [R, parameters, group size] float64 inner
+    products or [R, K] float32 sketches. Prompts are told apart by ``prompt_ids`` across the ranks (``group_size``
+    numbers them from 0 on each, so give ids). But for "sketch" a prompt must be whole on one rank. Coefficients are
+    those in each rank's own loss, before gradients are averaged; ``coverage`` looks at ``param.grad`` as the context
+    leaves it: averaged, or else at the mean of the ranks' norms.
+
     **Precision.** Inner products are formed from float32 products (float64 for a float64 model) and added in float64.
     Gradients of "sketch", "ghost" and "exact" are those of a plain backward, bit by bit; "segmented" forms the weight
     gradients of linear layers itself, response by response, so they differ by the order of summation.
 
     Args:
-        model: a plain eager model in this process; parameters that require no gradient (a LoRA base) are left alone.
+        model: a plain eager model in this process, or in one of the two engines above; parameters that require no
+            gradient (a LoRA base) are left alone.
         rollouts: the responses, in the order in which the forwards hold them.
         method: "segmented" forms per-response weight gradients block by block inside the ordinary backward (or takes
             the tokens' Gram where that is clearly cheaper); "ghost" always takes the tokens' Gram; "sketch" keeps a
@@ -62,6 +71,9 @@ class ModelGap:
             ``lm_head``.
         sketch_size, seed: k and the seed of the hash, for "sketch".
         direction: {parameter or its name: tensor of its shape}, the update whose alignment with each gap is wanted.
+        group: the ranks whose responses are measured together (``torch.distributed.group.WORLD``, say), all with the
+            same model and options; None for this rank's own. A model under ``fully_shard`` needs it, to be all ranks of
+            its mesh. What is raised on one rank is raised on all, but for errors in the context.
 
     Raises:
         ValueError, TypeError, RuntimeError: before anything is replaced, if the model cannot be measured; in a forward
@@ -70,7 +82,20 @@ class ModelGap:
 
     def __init__(self, model: nn.Module, rollouts: Rollouts, method: str = "segmented", *, length_norm: bool = True,
                  temperature: float = 1.0, lm_head: nn.Module | None = None, sketch_size: int = 32, seed: int = 0,
-                 direction: dict | None = None) -> None:
+                 direction: dict | None = None, group: dist.ProcessGroup | None = None) -> None:
+        with parallel.refusals_told(group):
+            self._check(model, rollouts, method, length_norm, temperature, lm_head, sketch_size, seed, direction)
+            attach.check_group(self._parameters, group)
+        self._ranks = None if group is None else self._join(group)
+        self._state = "new"
+        self._reasons: dict[str, str] = {}
+        self._norm_sq: dict[str, torch.Tensor] = {}
+        self._probe_norm_sq: dict[str, torch.Tensor] = {}
+        self._result: ModelGapResult | None = None
+
+    def _check(self, model, rollouts, method, length_norm, temperature, lm_head, sketch_size, seed, direction) -> None:
+        self._in_ddp, model = attach.unwrapped(model) is not model, attach.unwrapped(model)
+        attach.reshard(model)
         attach.check_model(model)
         if not isinstance(rollouts, Rollouts):
             raise TypeError(f"rollouts must be rlvr_fast.Rollouts, got {type(rollouts).__name__}")
@@ -91,17 +116,24 @@ class ModelGap:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._lm_head = attach.find_lm_head(model, lm_head)
         self._direction = attach.check_direction(direction, self._parameters)
-        self._state = "new"
-        self._reasons: dict[str, str] = {}
-        self._norm_sq: dict[str, torch.Tensor] = {}
-        self._probe_norm_sq: dict[str, torch.Tensor] = {}
-        self._result: ModelGapResult | None = None
+        if method == "exact" and (self._in_ddp or any(map(attach.is_sharded, self._parameters.values()))):
+            raise ValueError("method 'exact' runs a backward per response, each of which DistributedDataParallel or "
+                             "fully_shard would take for the step's: pass another method, or a model without them")
+
+    def _join(self, group: dist.ProcessGroup) -> parallel.Ranks:
+        columns = None
+        if self.method == "sketch":
+            columns = {name: sketch_columns(p.shape, self._sketch_size) for name, p in self._parameters.items()}
+        options = f"{self.method} size {self._sketch_size} seed {self._seed}, length_norm {self.length_norm}"
+        return parallel.Ranks(group, self.rollouts, self._parameters, columns=columns, directed=self._direction,
+                              options=options)
 
     # -- the context --------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> ModelGap:
         if self._state != "new":
             raise RuntimeError("a ModelGap measures one step: make a new one")
+        attach.reshard(self.model)
         attach.check_model(self.model)
         self._recording = Recording(self.rollouts, self.method, self._new_collector(), self._lm_head, self.temperature)
         sites = []
@@ -189,11 +221,23 @@ class ModelGap:
             self._recording.collector.collect(batch, totals, self._parameters)
             batch.probed = batch.captured = True
             return
-        with isolated_gradients(self._parameters), self._recording.probe(batch):
-            sum(totals).backward(retain_graph=True)
-            for name, value in self._gradient_norms().items():
-                self._probe_norm_sq[name] = self._probe_norm_sq.get(name, 0.0) + value
+        with self._recording.probe(batch):
+            norms = self._probe_norms(sum(totals))
+        for name, value in norms.items():
+            self._probe_norm_sq[name] = self._probe_norm_sq.get(name, 0.0) + value
         self._recording.collector.flush(batch)
+
+    def _probe_norms(self, total: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run the probe backward; squared norms of its gradients."""
+        if self._in_ddp:  # where a gradient that is accumulated counts as the step's
+            gradients = torch.autograd.grad(total, list(self._parameters.values()), retain_graph=True,
+                                            allow_unused=True)
+            return attach.gradient_norm_sq({name: gradient for name, gradient in zip(self._parameters, gradients,
+                                                                                     strict=True)
+                                            if gradient is not None})
+        with isolated_gradients(self._parameters):
+            total.backward(retain_graph=True)
+            return self._gradient_norms()
 
     # -- results ------------------------------------------------------------------------------------------------------
 
@@ -218,56 +262,25 @@ class ModelGap:
         return self._result
 
     def _estimate(self) -> ModelGapResult:
+        own = self._collected() if self._ranks is None else self._ranks.joined(self._collected)
+        own.check_measured()
+        tables = {"grams": own.tables, "sketches": None}
+        if self.method == "sketch":
+            tables = {"grams": None, "sketches": own.tables}
+        return result.build(
+            own.rollouts, method=self.method, source=own.source, length_norm=self.length_norm,
+            coefficients=own.coefficients, coverage=Coverage(tuple(own.tables), own.reasons, own.norm_sq), **tables,
+            dots=own.dots, direction=bool(self._direction))
+
+    def _collected(self) -> Collected:
         if self._state != "closed":
             raise RuntimeError({"new": "gap() comes after the training step: with probe: ...",
                                 "open": "gap() comes after the with block",
                                 "failed": "the with block ended in an error, nothing was measured"}[self._state])
-        recording, collector = self._recording, self._recording.collector
-        recording.check_complete()
-        training = [batch for batch in recording.forwards if not batch.probed]
-        coefficients = torch.ones(self.rollouts.n_responses, dtype=torch.float64)
-        if training:
-            read = self._read_coefficients(training)
-            coefficients = torch.where(read.isnan(), coefficients, read)
-        reasons = {**recording.skipped, **self._reasons}
-        for name in recording.witness.strangers():
-            reasons.setdefault(name, "a part of its gradient came from outside its module, or its gradient was changed "
-                                     "by a hook")
-        collected = collector.sketches if self.method == "sketch" else collector.grams
-        dots = collector.dots() if self.method == "sketch" else collector.dots
-        for name in self._parameters:
-            if name not in collected:
-                reasons.setdefault(name, "no gradient came to it")
-        collected = {name: table for name, table in collected.items() if name not in reasons}
-        if not collected:
-            raise RuntimeError(f"no parameter is covered: {reasons}")
-        coverage = Coverage(tuple(collected), reasons, self._norm_sq)
-        return result.build(
-            self.rollouts, method=self.method, source=self.source, length_norm=self.length_norm,
-            coefficients=coefficients, coverage=coverage, grams=None if self.method == "sketch" else collected,
-            sketches=collected if self.method == "sketch" else None,
-            dots={name: value for name, value in dots.items() if name in collected}, direction=bool(self._direction))
-
-    def _read_coefficients(self, training: list[MicroBatch]) -> torch.Tensor:
-        advice = "call probe.backward(logp) before the loss's backward"
-        if {id(batch) for batch in training} - {id(rows.micro_batch) for rows in self._recording.observed}:
-            raise RuntimeError("the training backward was to be measured, but no gradient came through the lm_head "
-                               f"module ({'none was found' if self._lm_head is None else 'a fused loss?'}): {advice}")
-        try:
-            coefficients = response_coefficients(self.rollouts, self._recording.observed)
-        except NotConstant as reason:
-            raise RuntimeError(f"the training backward is not that of a pure policy gradient, {reason}: {advice}"
-                               ) from None
-        for prompt, members in enumerate(self.rollouts.members):
-            own, correct = coefficients[list(members)], self.rollouts.correct[list(members)].cpu()
-            if bool((own == 0).any()) and bool(correct.any()) and not bool(correct.all()):
-                raise RuntimeError(f"prompt {self.rollouts.prompt_ids[prompt]!r} has both classes, but response "
-                                   f"{members[int((own == 0).nonzero()[0])]} has coefficient 0 in the loss: {advice}")
-        return coefficients
+        return Collected.of(self._recording, list(self._parameters), self._reasons, self._norm_sq)
 
     def _gradient_norms(self) -> dict[str, torch.Tensor]:
-        return {name: torch.linalg.vector_norm(p.grad, dtype=accumulation_dtype(p.grad.dtype)).double().square()
-                for name, p in self._parameters.items() if p.grad is not None}
+        return attach.gradient_norm_sq({name: p.grad for name, p in self._parameters.items() if p.grad is not None})
 
     def _check_open(self, what: str) -> None:
         if self._state != "open":

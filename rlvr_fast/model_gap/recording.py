@@ -94,6 +94,8 @@ class Recording:
                     self.skipped.setdefault(name, f"{type(site.module).__name__}: rows of its input "
                                                   f"{list(seen.shape)} cannot be assigned to responses")
                 return None
+            for own, name in site.parameters.items():
+                self.witness.watch(name, getattr(site.module, own))
             return self._active, spans, False
         if not _in_backward():
             return None

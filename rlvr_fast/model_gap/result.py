@@ -8,9 +8,11 @@ from functools import cached_property
 
 import torch
 
-from rlvr_fast.batch_gap import vector_products
+from rlvr_fast import _validate as check
 from rlvr_fast.estimates import GapEstimate, estimate_gap
 from rlvr_fast.gap import Gap
+from rlvr_fast.model_gap.interference import Interference
+from rlvr_fast.model_gap.step_alignment import StepAlignment, align, checked_weights
 from rlvr_fast.moments import Moments, ResponseGradients, Responses
 from rlvr_fast.rollouts import Rollouts
 
@@ -61,7 +63,11 @@ class ModelGapResult:
         measured_prompts: [P] bool.
         estimate: GapEstimate over all P prompts.
         alignment: [P] float64 ⟨direction, g⁺ − g⁻⟩ [paper A], None without a direction. A direction made from the
-            same rollouts makes it an overestimate.
+            same rollouts makes it an overestimate: see ``step_alignment``.
+        predicted_log_odds_gain: [P] float64, first order: logit J(θ + Δθ) − logit J(θ) = ⟨Δθ, g⁺ − g⁻⟩ + O(‖Δθ‖²)
+            [derived], always without length normalisation. ``scan_step`` has no such error.
+        predicted_log_odds_gain_stderr: [P] over the responses, for a direction that is not made from them; a class of
+            one borrows the other prompts' variance.
     """
 
     method: str
@@ -73,7 +79,11 @@ class ModelGapResult:
     measured_prompts: torch.Tensor
     estimate: GapEstimate
     alignment: torch.Tensor | None
+    predicted_log_odds_gain: torch.Tensor | None
+    predicted_log_odds_gain_stderr: torch.Tensor | None
     prompt_ids: tuple
+    _lengths: torch.Tensor
+    _prompt_index: torch.Tensor
     _parameter_grams: Callable[[], dict[str, list[torch.Tensor]]]
 
     n_correct = property(lambda self: self.estimate.n_correct)
@@ -85,10 +95,7 @@ class ModelGapResult:
     pooled = property(lambda self: self.estimate.pooled)
     moments = property(lambda self: self.measured.moments)
     level = property(lambda self: "model")
-
-    @property
-    def success_rate(self) -> torch.Tensor:
-        return self.n_correct.double() / (self.n_correct + self.n_incorrect)
+    success_rate = property(lambda self: self.n_correct.double() / (self.n_correct + self.n_incorrect))
 
     @cached_property
     def gram(self) -> tuple[torch.Tensor | None, ...]:
@@ -116,18 +123,69 @@ class ModelGapResult:
         """⟨gap_p, gap_q⟩ between prompts: [P, P] float64, NaN where not defined.
 
         Unbiased: different prompts have independent noise, and the diagonal is ``norm_sq``. Negative entries are
-        prompts that a common step serves at each other's cost.
+        prompts that a common step serves at each other's cost: see ``conflicts``.
 
         Raises:
             ValueError: for methods other than "sketch", which see no two prompts together.
         """
-        if self.vector is None:
+        if self.measured.gradients is None:
             raise ValueError(f"interference needs method 'sketch', method {self.method!r} has no vectors")
-        products = vector_products(self.vector).diagonal_scatter(self.norm_sq)
+        both = self.measured_prompts[:, None] & self.measured_prompts
+        products = _spread(self.measured._vector_products, both).diagonal_scatter(self.norm_sq)
         return torch.where(self.defined[:, None] & self.defined, products, torch.nan)
 
+    def conflicts(self, *, z: float = 2.0) -> Interference:
+        """``interference`` made readable: cosines between prompts, and who costs whom.
+
+        Args:
+            z: a prompt whose gap norm is not z standard errors above 0 has no cosine.
+        """
+        significant = self.norm_sq > check.positive("z", z) * self.stderr
+        return Interference(self.interference(), significant, self.prompt_ids)
+
+    def step_alignment(self, weights: torch.Tensor | None = None, *, learning_rate: float = 1.0,
+                       scope: str = "batch") -> StepAlignment:
+        """Alignment of each gap with a plain gradient step on these same rollouts, self-influence removed.
+
+        For D = Σ_i w_i ∇log π(o_i), restricted to the tracked parameters; ``rlvr_fast/model_gap/step_alignment.py`` has
+        the estimator and why it is unbiased. Steps that are no such sum (Adam, clipping by a norm) are not covered:
+        give ``ModelGap`` a direction from elsewhere for those.
+
+        Args:
+            weights: [R] float, w_i of every response; they may depend on verdicts and on response i, on no other
+                response. By default those of the loss, −learning_rate · c_i, where the gradients came from its
+                backward: the SGD step on the accumulated loss.
+            learning_rate: of the default weights; divided by the number of ranks where these average gradients.
+            scope: "batch": D is the sum over all responses, which takes method "sketch" (its noise comes on top of
+                ``stderr``). "prompt": over the responses of each prompt itself, for any method.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what came and what was expected.
+        """
+        gradients = self.measured.gradients if check.choice("scope", scope, ("batch", "prompt")) == "batch" else None
+        if scope == "batch" and gradients is None:
+            raise ValueError(f"scope must be 'prompt' for method {self.method!r}, which sees no two prompts together: "
+                             "use method 'sketch' for 'batch'")
+        rate = check.positive("learning_rate", learning_rate)
+        if weights is None:
+            if self.source != "training":
+                raise ValueError("weights must be given where gradients came from a probe backward, which does not "
+                                 "know the loss's coefficients")
+            weights = torch.where(self._lengths > 0, -rate * self.coefficients, 0.0)
+        unmeasured = ~self.measured_prompts.cpu()[self._prompt_index]
+        weights = checked_weights(weights, unmeasured)
+        if self.length_norm:  # G_i = ∇log π / |o_i|
+            weights = weights * self._lengths
+        *columns, error = align(self.moments, self.measured.gram, weights[~unmeasured].to(self.moments.sq.device),
+                                None if gradients is None else gradients.vectors)
+        columns = [_spread(column, self.measured_prompts) for column in columns]
+        return StepAlignment(scope, *columns, error, self.prompt_ids)
+
     def summary(self) -> dict[str, float]:
-        """Flat metrics for any logger, as ``Gap.summary`` plus the coverage. Synchronises with the device."""
+        """Flat metrics for any logger: those of ``Gap.summary``, the coverage, and the model's own. Synchronises.
+
+        Alignment and predicted gain are means over the prompts; for ``rlvr/model/conflict_*`` see ``Interference``.
+        """
         result = self.measured.summary()
         rate, n = self.success_rate, max(len(self.prompt_ids), 1)
         counts = {"mixed": self.defined, "solved": rate == 1, "failed": rate == 0, "pooled": self.pooled}
@@ -135,14 +193,29 @@ class ModelGapResult:
         result["rlvr/group/p_mean"] = float(rate.mean())
         result["rlvr/gap/coverage"] = self.coverage.share
         if self.alignment is not None:
-            result["rlvr/gap/alignment"] = float(self.alignment[self.defined].mean())
+            result |= self._along_direction()
+        if self.measured.gradients is not None:
+            result |= self.conflicts().summary()
         return result
+
+    def _along_direction(self) -> dict[str, float]:
+        """Means over the prompts with a gap, and the error of the predicted gain's over their responses."""
+        error = self.predicted_log_odds_gain_stderr[self.defined]
+        return {"rlvr/model/alignment": float(self.alignment[self.defined].mean()),
+                "rlvr/model/predicted_log_odds_gain": float(self.predicted_log_odds_gain[self.defined].mean()),
+                "rlvr/model/predicted_log_odds_gain_stderr": float(error.norm() / len(error))}  # 0/0 is NaN
 
     def __repr__(self) -> str:
         head = (f"ModelGapResult(method={self.method}, source={self.source}, length_norm={self.length_norm}, "
                 f"coverage={self.coverage.share:.4f}, prompts={len(self.prompt_ids)}, "
                 f"measured={int(self.measured_prompts.sum())})")
-        return "\n".join([head, *repr(self.measured).splitlines()[1:]])
+        lines = [head, *repr(self.measured).splitlines()[1:]]
+        if self.alignment is not None:
+            alignment, gain, error = self._along_direction().values()
+            lines.append(f"direction: alignment {alignment:.4g}, log-odds gain {gain:.4g} ± {error:.2g} (first order)")
+        if self.measured.gradients is not None:
+            lines.append(repr(self.conflicts()))
+        return "\n".join(lines)
 
 
 def build(rollouts: Rollouts, *, method: str, source: str, length_norm: bool, coefficients: torch.Tensor,
@@ -166,10 +239,9 @@ def build(rollouts: Rollouts, *, method: str, source: str, length_norm: bool, co
                           torch.tensor([number[i] for i in kept], dtype=torch.int64, device=device),
                           tuple(rollouts.prompt_ids[prompt] for prompt in keep))
     sizes = tuple(len(prompt) for prompt in members)
-    scale = 1.0 / torch.where(coefficients == 0, 1.0, coefficients)
-    if length_norm:
-        scale = scale / rollouts.lengths.clamp(min=1).double().cpu()
-    scale = scale.to(device)
+    lengths = rollouts.lengths.double().cpu()
+    unscaled = 1.0 / torch.where(coefficients == 0, 1.0, coefficients)  # G_i without length normalisation
+    scale = (unscaled / lengths.clamp(min=1) if length_norm else unscaled).to(device)
 
     def matrices(table):
         return [table[list(own), :len(own)] * scale[list(own), None] * scale[list(own)] for own in members]
@@ -190,18 +262,26 @@ def build(rollouts: Rollouts, *, method: str, source: str, length_norm: bool, co
         gradients = ResponseGradients(responses, torch.cat(list(scaled.values()), 1))
         moments, means = gradients.moments(), gradients.class_means()
         gap = Gap("model", length_norm, estimate_gap(moments), moments, sizes, gradients=gradients,
-                  correct_mean=means[:, 1],
-                  incorrect_mean=means[:, 0])
+                  correct_mean=means[:, 1], incorrect_mean=means[:, 0])
     mask = torch.zeros(rollouts.n_prompts, dtype=torch.bool, device=device)
     mask[keep] = True
-    alignment = None
+    alignment = gain = error = None
     if direction:
-        along = (sum(dots.values()) * scale)[kept] if dots else torch.zeros(len(kept), dtype=torch.float64)
-        means = responses.class_sum(along) / moments.count
-        alignment = _spread(means[:, 1] - means[:, 0], mask)
+        along = sum(dots.values(), torch.zeros(rollouts.n_responses, dtype=torch.float64, device=device))
+        alignment = _spread(_difference(responses, (along * scale)[kept])[0], mask)
+        gain, error = (_spread(column, mask) for column in _difference(
+            responses, (along * unscaled.to(device))[kept]))
     return ModelGapResult(method, source, length_norm, coefficients, coverage, gap, mask,
-                          _over_all_prompts(gap.estimate, mask, rollouts, device), alignment, rollouts.prompt_ids,
-                          parameter_grams)
+                          _over_all_prompts(gap.estimate, mask, rollouts, device), alignment, gain, error,
+                          rollouts.prompt_ids, lengths, rollouts.prompt_index.cpu(), parameter_grams)
+
+
+def _difference(responses: Responses, slopes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean slope [R] of the correct minus the incorrect responses and its standard error: [P] each."""
+    moments = ResponseGradients(responses, slopes[:, None]).moments()
+    means = responses.class_sum(slopes) / moments.count
+    # The squared difference of two means is too large by just its variance.
+    return means[:, 1] - means[:, 0], estimate_gap(moments).bias.sqrt()
 
 
 def _over_all_prompts(estimate: GapEstimate, mask: torch.Tensor, rollouts: Rollouts, device) -> GapEstimate:
@@ -213,6 +293,6 @@ def _over_all_prompts(estimate: GapEstimate, mask: torch.Tensor, rollouts: Rollo
 
 
 def _spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The values of the measured prompts at their places, NaN (or false) elsewhere."""
+    """The values of the measured prompts (or of pairs of them) at their places, NaN (or false) elsewhere."""
     empty = values.new_zeros(mask.shape) if values.dtype == torch.bool else values.new_full(mask.shape, torch.nan)
     return empty.masked_scatter(mask, values)

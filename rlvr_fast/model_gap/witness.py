@@ -24,7 +24,7 @@ class Witness:
         self.seen: dict[str, torch.Tensor] = {}
         self.size: dict[str, torch.Tensor] = {}  # sums of magnitudes, the scale of rounding errors
         self.low: dict[str, torch.dtype] = {}  # the coarsest dtype on the way
-        self._hooks = []
+        self._hooks: dict[torch.nn.Parameter, torch.utils.hooks.RemovableHandle] = {}
         for name, parameter in parameters.items():
             self.entries[name] = tuple(_spread(n, step, parameter.device)
                                        for n, step in zip(parameter.shape, (7, 3), strict=False))
@@ -36,7 +36,17 @@ class Witness:
             for store in (self.received, self.seen, self.size):
                 store[name] = torch.zeros(N_ENTRIES, dtype=torch.float64, device=parameter.device)
             self.low[name] = parameter.dtype
-            self._hooks.append(parameter.register_hook(self._receiver(name)))
+            if not hasattr(parameter, "device_mesh"):  # of a shard the layer will show the whole, see ``watch``
+                self.watch(name, parameter)
+
+    def watch(self, name: str, parameter: torch.nn.Parameter) -> None:
+        """Note the gradients that reach ``parameter``, which is what a layer computes with for ``name``."""
+        if parameter in self._hooks:
+            return
+        if hasattr(parameter, "device_mesh"):
+            raise ValueError(f"{name} must be a plain tensor while its layer runs, got a DTensor: tensor-parallel "
+                             "layers cannot be measured")
+        self._hooks[parameter] = parameter.register_hook(self._receiver(name))
 
     def _receiver(self, name: str):
         def receive(gradient: torch.Tensor) -> None:
@@ -44,9 +54,9 @@ class Witness:
         return receive
 
     def close(self) -> None:
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
-        self._hooks = []
+        self._hooks = {}
 
     def outer(self, name: str, b: torch.Tensor, a: torch.Tensor) -> None:
         rows, columns = self.entries[name]

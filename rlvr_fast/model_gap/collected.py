@@ -1,0 +1,107 @@
+"""What the responses of a step left behind, complete and checked: all that estimates are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+
+from rlvr_fast.model_gap.coefficients import NotConstant, response_coefficients
+from rlvr_fast.model_gap.recording import Recording
+from rlvr_fast.rollouts import Rollouts
+
+ADVICE = "call probe.backward(logp) before the loss's backward"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class JoinedResponses:
+    """The responses of all ranks, in rank order; prompts with one id are one prompt. Attributes as in ``Rollouts``."""
+
+    correct: torch.Tensor
+    prompt_index: torch.Tensor
+    prompt_ids: tuple[Hashable, ...]
+    lengths: torch.Tensor
+    members: tuple[tuple[int, ...], ...]
+
+    @property
+    def n_prompts(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def n_responses(self) -> int:
+        return self.correct.numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self.correct.device
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Collected:
+    """What a step left behind: of this rank's responses or, once joined, of those of all ranks.
+
+    Attributes:
+        rollouts: the R responses.
+        source: "training", "probe" or "mixed".
+        coefficients: [R] float64 on the host, c_i; 0 where the response was not measured.
+        tables: covered parameter -> [R, n_max] inner products or [R, K] sketches.
+        dots: covered parameter -> [R] float64, inner products with the direction.
+        reasons: other trainable parameter -> why it is not covered.
+        norm_sq: parameter -> squared norm of its gradient.
+    """
+
+    rollouts: Rollouts | JoinedResponses
+    source: str
+    coefficients: torch.Tensor
+    tables: dict[str, torch.Tensor]
+    dots: dict[str, torch.Tensor]
+    reasons: dict[str, str]
+    norm_sq: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, recording: Recording, parameters: list[str], reasons: dict[str, str],
+           norm_sq: dict[str, torch.Tensor]) -> Collected:
+        """What ``recording`` holds of the trainable ``parameters``; ``reasons`` as known before the step. Synchronises.
+
+        Raises:
+            RuntimeError: if responses went through no backward, or the training backward says nothing about ∇log π.
+        """
+        recording.check_complete()
+        rollouts, collector = recording.rollouts, recording.collector
+        coefficients = torch.ones(rollouts.n_responses, dtype=torch.float64)
+        if training := [batch for batch in recording.forwards if not batch.probed]:
+            read = _coefficients(recording, training)
+            coefficients = torch.where(read.isnan(), coefficients, read)
+        reasons = {**recording.skipped, **reasons}
+        for name in recording.witness.strangers():
+            reasons.setdefault(name, "a part of its gradient came from outside its module, or its gradient was changed "
+                                     "by a hook")
+        tables = collector.sketches if recording.method == "sketch" else collector.grams
+        dots = collector.dots() if recording.method == "sketch" else collector.dots
+        for name in parameters:
+            if name not in tables:
+                reasons.setdefault(name, "no gradient came to it")
+        tables = {name: table for name, table in tables.items() if name not in reasons}
+        if not tables:
+            raise RuntimeError(f"no parameter is covered: {reasons}")
+        return cls(rollouts, recording.source, coefficients, tables,
+                   {name: value for name, value in dots.items() if name in tables}, reasons, norm_sq)
+
+    def check_measured(self) -> None:
+        """Raise if a prompt of both classes, on whatever ranks, has a response without a gradient."""
+        for prompt, members in enumerate(self.rollouts.members):
+            own, correct = self.coefficients[list(members)], self.rollouts.correct[list(members)].cpu()
+            if bool((own == 0).any()) and bool(correct.any()) and not bool(correct.all()):
+                raise RuntimeError(f"prompt {self.rollouts.prompt_ids[prompt]!r} has both classes, but response "
+                                   f"{members[int((own == 0).nonzero()[0])]} has coefficient 0 in the loss: {ADVICE}")
+
+
+def _coefficients(recording: Recording, training: list) -> torch.Tensor:
+    if {id(batch) for batch in training} - {id(rows.micro_batch) for rows in recording.observed}:
+        raise RuntimeError("the training backward was to be measured, but no gradient came through the lm_head module "
+                           f"({'none was found' if recording.lm_head is None else 'a fused loss?'}): {ADVICE}")
+    try:
+        return response_coefficients(recording.rollouts, recording.observed)
+    except NotConstant as reason:
+        raise RuntimeError(f"the training backward is not that of a pure policy gradient, {reason}: {ADVICE}") from None
