@@ -1,33 +1,22 @@
 """Peak memory of one call in a process of its own, beyond the inputs: results, buffers and everything in between.
 
-Linux keeps the high-water mark of a process's resident memory (VmHWM) and lets the process reset it. The process has
-made one call before, on a tiny shape, so that libraries are loaded and thread stacks exist; a compiled provider has
-been called on the shape itself, because the compiler's memory is not the kernel's.
+The process has made one call before, on a tiny shape, so that libraries are loaded and thread stacks exist; a compiled
+provider has been called on the shape itself, because the compiler's memory is not the kernel's.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 from registry import SUITES
+from resident_memory import reset_high_water_mark, return_free_memory, status
 from workload import RESPONSES, Shape, Workload
 
 PRELOAD = ("rlvr_fast.step_size", "trl.trainer.utils", "pytest", "rich.table")
-
-
-def unavailable() -> str | None:
-    """Why peak memory cannot be measured here; None if it can."""
-    try:
-        _reset_high_water_mark()
-    except OSError as error:
-        return f"the high-water mark of resident memory cannot be reset here ({error})"
-    return None
 
 
 def peak_extra_bytes(requests: list[tuple[str, int]], shape: Shape, threads: int) -> list[int | str]:
@@ -47,26 +36,10 @@ def _measure(suite: str, provider_index: int, shape: Shape, threads: int) -> int
     warm_up = workload if provider.compiled else Workload.draw(Shape(2 * RESPONSES, 512, min(shape.width, 64)), 2)
     provider.run(warm_up)
     gc.collect()
-    _return_free_memory()
-    before = _status("VmRSS")
-    _reset_high_water_mark()
+    return_free_memory()
+    before = status("VmRSS")
+    reset_high_water_mark()
     result = provider.run(workload)
-    peak = _status("VmHWM")
+    peak = status("VmHWM")
     del result
     return peak - before
-
-
-def _reset_high_water_mark() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _return_free_memory() -> None:
-    """Free blocks that the allocator keeps would hide what the call allocates (glibc; elsewhere a no-op)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))

@@ -6,10 +6,10 @@ import csv
 import math
 import platform
 from collections import defaultdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+from provenance import versions
 from rich.table import Table
 from suite import Provider, Suite
 from workload import Shape
@@ -38,7 +38,7 @@ def rows_of(report: dict, suites: list[Suite], shape: Shape, threads: int, memor
             errors[key].append(info["error"])
     common = {"shape": f"{shape.n_tokens}x{shape.vocabulary}x{shape.width}", "dtype": "float32",
               "device": report["machine_info"]["cpu"].get("brand_raw", platform.machine()), "threads": threads,
-              "versions": _versions(), "git_sha": _git_sha(report["commit_info"]), "date": report["datetime"]}
+              "versions": versions(PACKAGES), "git_sha": _git_sha(report["commit_info"]), "date": report["datetime"]}
     rows = []
     for suite in suites:
         floor = seconds[suite.name, suite.floor.name]
@@ -121,16 +121,6 @@ def _spread(values: np.ndarray) -> dict[str, float]:
 
 def _or_empty(value: float, form: str) -> str:
     return "" if math.isnan(value) else f"{value:{form}}"
-
-
-def _versions() -> str:
-    found = [f"python {platform.python_version()}"]
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            found.append(f"{package} absent")
-    return "; ".join(found)
 
 
 def _git_sha(commit: dict) -> str:

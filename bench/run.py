@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import memory
+import resident_memory
 from conftest import DEFAULT_ROUNDS, DEFAULT_SHAPE, DEFAULT_THREADS
 from registry import SUITES
 from results import rows_of, table_of, target_lines, write_csv
@@ -71,7 +72,7 @@ def _memory(suites: list, shape: Shape, threads: int) -> dict:
     """Peak extra bytes, or the reason why there are none, by ``provider.run``; what suites share is measured once."""
     places = {provider.run: (suite.name, index) for suite in suites for index, provider in enumerate(suite.providers)
               if provider.missing is None}
-    reason = memory.unavailable()
+    reason = resident_memory.unavailable()
     if reason is not None:
         return dict.fromkeys(places, reason)
     return dict(zip(places, memory.peak_extra_bytes(list(places.values()), shape, threads), strict=True))

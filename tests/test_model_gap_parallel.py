@@ -5,8 +5,9 @@ from __future__ import annotations
 import model_zoo as zoo
 import pytest
 import torch
+from gloo_ranks import Ranks
 from model_gap_problems import OWNERS, direction, problem, shares
-from model_gap_ranks import CASES, FEATURES, STEPS, Ranks, alone
+from model_gap_ranks import CASES, FEATURES, STEPS, WORLDS, alone, work
 from model_gap_refusals import REFUSALS
 
 import rlvr_fast as rf
@@ -20,7 +21,7 @@ FIGURES = {"gram": 2, "norm_sq": 1, "norm_sq_naive": 1, "stderr": 1, "alignment"
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory) -> dict[int, Ranks]:
     """What every scenario gave on every rank; the processes run once."""
-    return Ranks.run(tmp_path_factory.mktemp("ranks"))
+    return Ranks.run(work, tmp_path_factory.mktemp("ranks"), WORLDS)
 
 
 def assert_same_bits(answers: list[dict]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import BF16, FP16, Case, assert_pass
 from policies import HeadProblem, random_rollouts, within, worst
-from vocabulary_ranks import BACKENDS, GAP_LEVELS, PROBLEMS, WORLDS, Ranks, rollouts_of
+from vocabulary_ranks import BACKENDS, GAP_LEVELS, PROBLEMS, WORLDS, Ranks, rollouts_of, work
 from vocabulary_refusals import REFUSALS
 from vocabulary_shards import merge_error
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory) -> dict[int, Ranks]:
     """What every scenario gave on every rank; the processes run once."""
-    return Ranks.run(tmp_path_factory.mktemp("ranks"))
+    return Ranks.run(work, tmp_path_factory.mktemp("ranks"), WORLDS)
 
 
 @pytest.fixture(params=sorted(WORLDS), ids=lambda count: f"{count} ranks")

@@ -6,16 +6,11 @@ Needs no pytest: the spawned processes import it.
 from __future__ import annotations
 
 import itertools
-import time
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 
+import gloo_ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from policies import HeadProblem
 from vocabulary_problems import (
     GAP_VOCABULARY,
@@ -34,8 +29,6 @@ import rlvr_fast as rf
 BACKENDS = ("torch", "native")
 GAP_LEVELS = ("logits", "hidden", "head")
 WORLDS = (3, 2)  # numbers of ranks
-DEADLINE = 180  # seconds for all of it
-PATIENCE = 60  # seconds that a collective may wait, so that a missing rank fails the test instead of hanging it
 
 
 # -- scenarios: each gives a dict of tensors on every rank ------------------------------------------------------------
@@ -171,51 +164,15 @@ def scenarios(ranks: int) -> dict[str, Callable[[], object]]:
 
 
 def work(rank: int, folder: str) -> None:
-    """All worlds that this rank is in, one after the other: starting a process costs more than its scenarios."""
-    torch.set_num_threads(1)
-    for ranks in WORLDS:
-        if rank >= ranks:
-            continue
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store of {ranks}", rank=rank, world_size=ranks,
-                                timeout=timedelta(seconds=PATIENCE))
-        answers = {}
-        for name, scenario in scenarios(ranks).items():
-            try:
-                answers[name] = scenario()
-            except Exception:
-                answers[name] = traceback.format_exc()
-                break  # the ranks are out of step
-        torch.save(answers, Path(folder) / f"{rank} of {ranks}.pt")
-        dist.destroy_process_group()
+    """What a spawned process runs."""
+    gloo_ranks.answer(rank, folder, WORLDS, scenarios)
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """The answers of every rank."""
+class Ranks(gloo_ranks.Ranks):
+    """With what the tests compare the answers with."""
 
-    count: int
-    found: list[dict[str, object]]
     splits = SPLITS
     exact_problem = property(lambda self: exact_problem())
-
-    @classmethod
-    def run(cls, folder: Path) -> dict[int, Ranks]:
-        """By the number of ranks. Fails if a process does, or if they take longer than ``DEADLINE``."""
-        processes = mp.spawn(work, (str(folder),), nprocs=max(WORLDS), join=False)
-        end = time.monotonic() + DEADLINE
-        while not processes.join(max(end - time.monotonic(), 0.0)):  # returns whenever one of them ends
-            if time.monotonic() > end:
-                for process in processes.processes:
-                    process.kill()
-                raise TimeoutError(f"the ranks were not done after {DEADLINE} s")
-        return {ranks: cls(ranks, [torch.load(folder / f"{rank} of {ranks}.pt", weights_only=False)
-                                   for rank in range(ranks)]) for ranks in WORLDS}
-
-    def answers(self, scenario: str) -> list:
-        """Of one scenario, in rank order."""
-        found = [answers.get(scenario, list(answers.values())[-1]) for answers in self.found]
-        assert not any(isinstance(answer, str) for answer in found), "\n".join(map(str, found))
-        return found
 
     def direction(self, level: str) -> torch.Tensor:
         return direction_of(level)

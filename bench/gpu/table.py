@@ -8,10 +8,10 @@ import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from provenance import versions
 
 from .clock import Spread
 
@@ -36,7 +36,8 @@ class Table:
 
     def __init__(self, path: Path, device: torch.device, git_sha: str):
         self.path = path
-        self.provenance = {"gpu": gpu_name(device), "driver": driver(device), "versions": versions(),
+        found = f"cuda {torch.version.cuda or 'absent'}; {versions(PACKAGES)}"
+        self.provenance = {"gpu": gpu_name(device), "driver": driver(device), "versions": found,
                            "git_sha": git_sha, "date": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds")}
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
@@ -73,13 +74,3 @@ def driver(device: torch.device) -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     answer = subprocess.run(query, capture_output=True, text=True, check=False)
     return answer.stdout.strip().partition("\n")[0] or "unknown"
-
-
-def versions() -> str:
-    found = [f"python {platform.python_version()}", f"cuda {torch.version.cuda or 'absent'}"]
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            found.append(f"{package} absent")
-    return "; ".join(found)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import resident_memory
 import torch
 from rich.table import Table
 
@@ -116,7 +117,7 @@ def _largest_differences(own: dict[str, float] | None, floor: dict[str, float] |
 
 
 def _peaks(shape: str, providers: list[Provider], say: Callable[[str], None]) -> dict[str, float | str]:
-    reason = peak_memory.unavailable()
+    reason = resident_memory.unavailable()
     if reason is not None:
         return {provider.name: reason for provider in providers}
     say(f"{shape}: peak memory, a process per provider")

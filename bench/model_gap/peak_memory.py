@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
+from resident_memory import reset_high_water_mark, return_free_memory, status
 
 from .language_model import SHAPES
 from .providers import PROVIDERS
@@ -18,15 +17,6 @@ from .step import Step
 MIB = 1 << 20
 # glibc otherwise keeps freed buffers, and how many of them depends on the order of sizes
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-
-
-def unavailable() -> str | None:
-    """Why peak memory cannot be measured here; None if it can."""
-    try:
-        _reset_high_water_mark()
-    except OSError as error:
-        return f"the high-water mark of resident memory cannot be reset here ({error})"
-    return None
 
 
 def peak_mib(providers: list[int], shape: str, threads: int) -> list[float | str]:
@@ -51,25 +41,10 @@ def _measure(provider: int, shape: str, threads: int) -> float:
     run(Step.draw(SHAPES["tiny"]))  # loads libraries, makes thread stacks
     step = Step.draw(SHAPES[shape])
     gc.collect()
-    _return_free_memory()
-    before = _status("VmRSS")
-    _reset_high_water_mark()
+    return_free_memory()
+    before = status("VmRSS")
+    reset_high_water_mark()
     result = run(step)
-    peak = _status("VmHWM")
+    peak = status("VmHWM")
     del result
     return (peak - before) / MIB
-
-
-def _reset_high_water_mark() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _return_free_memory() -> None:
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))

