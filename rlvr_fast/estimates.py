@@ -29,6 +29,22 @@ class GapEstimate(NamedTuple):
     pooled: torch.Tensor
 
 
+class Estimated:
+    """The fields of ``self.estimate``, a GapEstimate, under their own names: what every kind of gap reports."""
+
+    n_correct = property(lambda self: self.estimate.n_correct)
+    n_incorrect = property(lambda self: self.estimate.n_incorrect)
+    norm_sq = property(lambda self: self.estimate.norm_sq)
+    norm_sq_naive = property(lambda self: self.estimate.norm_sq_naive)
+    stderr = property(lambda self: self.estimate.stderr)
+    defined = property(lambda self: self.estimate.defined)
+    pooled = property(lambda self: self.estimate.pooled)
+
+    @property
+    def success_rate(self) -> torch.Tensor:
+        return self.n_correct.double() / (self.n_correct + self.n_incorrect)
+
+
 def estimate_gap(moments: Moments) -> GapEstimate:
     """Unbiased squared gap norm of every prompt with its jackknife error.
 

@@ -12,7 +12,7 @@ from rlvr_fast import _validate as check
 from rlvr_fast import backends
 from rlvr_fast.backends import TokenPass
 from rlvr_fast.batch_gap import batch_norm_sq, batch_summary, vector_products
-from rlvr_fast.estimates import GapEstimate, estimate_gap
+from rlvr_fast.estimates import Estimated, GapEstimate, estimate_gap
 from rlvr_fast.head import Head, check_values
 from rlvr_fast.moments import Moments, ResponseGradients, Responses
 from rlvr_fast.rollouts import Rollouts
@@ -24,7 +24,7 @@ SUM_BYTES = 64 << 20  # [responses, V] float32 score sums held at a time, unless
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Gap:
+class Gap(Estimated):
     """The gradient gap g⁺ − g⁻ of P prompts [paper A], estimated from their responses.
 
     Attributes:
@@ -62,18 +62,7 @@ class Gap:
     summed_products: torch.Tensor | None = None
     vocabulary: VocabularyShard | None = None
 
-    n_correct = property(lambda self: self.estimate.n_correct)
-    n_incorrect = property(lambda self: self.estimate.n_incorrect)
-    norm_sq = property(lambda self: self.estimate.norm_sq)
-    norm_sq_naive = property(lambda self: self.estimate.norm_sq_naive)
-    stderr = property(lambda self: self.estimate.stderr)
-    defined = property(lambda self: self.estimate.defined)
-    pooled = property(lambda self: self.estimate.pooled)
     prompt_ids = property(lambda self: self.moments.responses.prompt_ids)
-
-    @property
-    def success_rate(self) -> torch.Tensor:
-        return self.n_correct.double() / (self.n_correct + self.n_incorrect)
 
     @property
     def vector(self) -> torch.Tensor | None:

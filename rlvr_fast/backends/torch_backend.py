@@ -52,10 +52,16 @@ def _logits(rows: torch.Tensor, head: Head, columns: slice) -> tuple[torch.Tenso
         z += head.bias[columns].float()
     if head.softcap is None:
         return z.mul_(1.0 / head.temperature).clamp_(min=FLOOR), 1.0 / head.temperature
-    tanh = torch.tanh(z / head.softcap)
-    slope = (1.0 - tanh * tanh) / head.temperature
-    capped = tanh.mul_(head.softcap / head.temperature)
-    return capped if head.bias is None else capped.masked_fill_(z == -torch.inf, FLOOR), slope
+    return _soft_capped(z, head.temperature, head.softcap, may_mask=head.bias is not None)
+
+
+def _soft_capped(raw: torch.Tensor, temperature: float, softcap: float, *, may_mask: bool
+                 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """z and dz/draw; ``may_mask``: raw logits of -inf, which take an entry out of the vocabulary, may occur."""
+    tanh = torch.tanh(raw / softcap)
+    slope = (1.0 - tanh * tanh) / temperature
+    capped = tanh.mul_(softcap / temperature)
+    return capped.masked_fill_(raw == -torch.inf, FLOOR) if may_mask else capped, slope
 
 
 def _in_tile(tokens: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,9 +167,7 @@ def logits_pass(logits: torch.Tensor, tokens: torch.Tensor, temperature: float, 
         raw = logits[rows, columns].float()
         if softcap is None:
             return (raw * (1.0 / temperature)).clamp_(min=FLOOR), 1.0 / temperature
-        tanh = torch.tanh(raw / softcap)
-        slope = (1.0 - tanh * tanh) / temperature
-        return tanh.mul_(softcap / temperature).masked_fill_(raw == -torch.inf, FLOOR), slope
+        return _soft_capped(raw, temperature, softcap, may_mask=True)
 
     result = _new_pass(logits)
     for rows in _slices(logits.shape[0], TILE_ROWS):

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from rlvr_fast import _validate as check
-from rlvr_fast.estimates import GapEstimate, estimate_gap
+from rlvr_fast.estimates import Estimated, GapEstimate, estimate_gap
 from rlvr_fast.gap import Gap
 from rlvr_fast.model_gap.interference import Interference
 from rlvr_fast.model_gap.step_alignment import StepAlignment, align, checked_weights
@@ -46,7 +46,7 @@ class Coverage:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ModelGapResult:
+class ModelGapResult(Estimated):
     """The gradient gap of every prompt over a model's weights. The names are those of ``Gap``.
 
     A prompt whose responses all have coefficient 0 in the training loss (one class only) was not measured: its class
@@ -86,16 +86,8 @@ class ModelGapResult:
     _prompt_index: torch.Tensor
     _parameter_grams: Callable[[], dict[str, list[torch.Tensor]]]
 
-    n_correct = property(lambda self: self.estimate.n_correct)
-    n_incorrect = property(lambda self: self.estimate.n_incorrect)
-    norm_sq = property(lambda self: self.estimate.norm_sq)
-    norm_sq_naive = property(lambda self: self.estimate.norm_sq_naive)
-    stderr = property(lambda self: self.estimate.stderr)
-    defined = property(lambda self: self.estimate.defined)
-    pooled = property(lambda self: self.estimate.pooled)
     moments = property(lambda self: self.measured.moments)
     level = property(lambda self: "model")
-    success_rate = property(lambda self: self.n_correct.double() / (self.n_correct + self.n_incorrect))
 
     @cached_property
     def gram(self) -> tuple[torch.Tensor | None, ...]:
