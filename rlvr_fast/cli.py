@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -47,6 +48,24 @@ def profile(
                     backend=backend, levels=levels, repeats=repeats, seconds=seconds, json_file=json_file, trace=trace)
     except (ValueError, TypeError, OSError) as error:
         fail(error)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout instead of tables.")] = False,
+) -> None:
+    """What runs on this machine: backends, GPU, frameworks, commands; and what to install for more.
+
+    Exit code 1 if something is there but of no use, such as a version that is too old.
+    """
+    from rlvr_fast import doctor as findings
+
+    diagnosis = findings.examine()
+    if as_json:
+        typer.echo(json.dumps(diagnosis.to_json(), indent=1))
+    else:
+        findings.show(diagnosis)
+    raise typer.Exit(1 if diagnosis.broken else 0)
 
 
 def fail(error: Exception) -> None:
