@@ -19,6 +19,10 @@ PACKAGES = ["rlvr_fast", "rlvr_fast.backends", "rlvr_fast.kernels", "rlvr_fast.m
             "rlvr_fast.simulate"]
 
 
+HEADERS = ["dtype", "elements", "fold", "fold_kernel", "head_pass", "head_pass_kernel", "kernels_system", "lanes",
+           "product", "segmented", "segmented_kernel", "statistics", "threads", "witness"]  # of csrc/cpu
+
+
 def native_extension():
     try:
         from pybind11.setup_helpers import Pybind11Extension
@@ -33,15 +37,11 @@ def native_extension():
                 "csrc/cpu/head_pass_baseline.cpp",
                 "csrc/cpu/head_pass_avx2.cpp",
                 "csrc/cpu/head_pass_avx512.cpp",
+                "csrc/cpu/model_gap_baseline.cpp",
+                "csrc/cpu/model_gap_avx2.cpp",
+                "csrc/cpu/model_gap_avx512.cpp",
             ],
-            depends=[
-                "csrc/cpu/head_pass.h",
-                "csrc/cpu/head_pass_kernel.h",
-                "csrc/cpu/head_pass_system.h",
-                "csrc/cpu/lanes.h",
-                "csrc/cpu/product.h",
-                "csrc/cpu/statistics.h",
-            ],
+            depends=[f"csrc/cpu/{name}.h" for name in HEADERS],
             cxx_std=17,
             extra_compile_args=flags,
             extra_link_args=[] if sys.platform == "win32" else ["-pthread"],

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from model_gap_problems import SPLIT, WHOLE, loss_of, problem, shard
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -80,17 +79,11 @@ def sharded_direction(rank: int) -> None:
                 group=dist.group.WORLD)
 
 
-def tensor_parallel(rank: int) -> None:
-    model = zoo.build()
-    parallelize_module(model.lm_head, init_device_mesh("cpu", (dist.get_world_size(),)), ColwiseParallel())
-    rf.ModelGap(model, problem(0, [0])[0].rollouts)
-
-
-def tensor_parallel_and_sharded(rank: int) -> None:
-    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("data", "tensor"))
-    model = zoo.build()
-    parallelize_module(model.lm_head, mesh["tensor"], ColwiseParallel())
-    rf.ModelGap(fully_shard(model, mesh=mesh["data"]), problem(0, [0])[0].rollouts, group=mesh.get_group("data"))
+def counted_prompts(rank: int) -> None:
+    """With group_size every rank's prompts are 0, 1, ..., different ones on different ranks."""
+    part, _ = problem(0, WHOLE[dist.get_world_size()][rank])
+    rollouts = rf.Rollouts.from_padded(part.ids, part.mask, part.rollouts.correct.float(), group_size=4)
+    rf.ModelGap(zoo.build(), rollouts, "sketch", group=dist.group.WORLD)
 
 
 def tensor_parallel_later(rank: int) -> None:
@@ -111,8 +104,7 @@ REFUSALS = {
     "an engine inside": an_engine_inside,
     "mixed precision": mixed_precision,
     "a sharded direction": sharded_direction,
-    "tensor parallel": tensor_parallel,
-    "tensor parallel and fully_shard": tensor_parallel_and_sharded,
+    "prompts counted from 0 on both ranks": counted_prompts,
     "tensor parallel inside the context": tensor_parallel_later,
     "no group": lambda rank: rf.ModelGap(zoo.build(), problem(0, [0])[0].rollouts, group="all"),
 }

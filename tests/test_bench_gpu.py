@@ -18,7 +18,7 @@ COLUMNS = ["kernel", "provider", "shape", "dtype", "logits", "metric", "p20", "m
            "versions", "git_sha", "date", "note"]
 PEERS = {"trl", "liger (Triton)", "cut-cross-entropy", "verl", "quack"}
 KERNELS = {"token_stats", "gradient_gap hidden", "gradient_gap head", "hidden_grad", "linear_logprob fwd+bwd",
-           "token_stats_from_logits", "advantages + loss_weights", "measure_step"}
+           "token_stats_from_logits", "advantages + loss_weights", "measure_step", "segmented_gradient"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -295,7 +295,7 @@ def dry(tmp_path_factory):
     options = ["--out", str(out), "--dry-run", "--logits", "peaked", "--rounds", "1", "--stage"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_COMPILE_DISABLE", "1")  # compiling takes longer than everything else here
-        assert stages.main([*options, "ceilings", "statistics"]) == 0
+        assert stages.main([*options, "ceilings", "statistics", "layers"]) == 0
         assert stages.main([*options, "gap", "gradient", "rows", "--without", "rlvr_fast triton"]) == 0
     return rows_in(*(out / f"{name}.csv" for name in stages.STAGES))
 

@@ -29,8 +29,9 @@ def test_hot_kernels_pass_the_gate(tmp_path):
     for row in rows:
         assert 0 < row["registers"] <= 255
         assert row["spill_bytes"] == 0
-        assert (row["matrix_instructions"] > 0) == row["kernel"].startswith("head_")
-    assert {"head_stats", "head_gradient", "column_sums"} <= {row["kernel"].split()[0] for row in rows}
+        assert (row["matrix_instructions"] > 0) == row["kernel"].startswith(("head_", "segmented_"))
+    kernels = {row["kernel"].split()[0] for row in rows}
+    assert {"head_stats", "head_gradient", "column_sums", "segmented_gradient"} <= kernels
 
 
 BREAKAGES = """
@@ -105,3 +106,21 @@ def test_a_candidate_that_shares_a_multiprocessor_fits_twice(tmp_path):
         assert row["target"] == "sm90"
         assert row["shared_bytes"] <= 113 << 10
         assert row["registers"] <= 255
+
+
+PROGRAMS = """
+from compile_kernels import SHARED_MEMORY_LIMIT, compile_one
+from rlvr_fast.kernels.segmented_gradient import TILES, aot_specializations
+
+entry = next(e for e in aot_specializations() if e["name"] == "segmented_gradient bf16 16" and "sm90" in e["targets"])
+row, programs = compile_one(entry, "sm90"), TILES["sm90", 2].programs
+assert row.failure is None
+assert programs * (row.shared_bytes + 1024) <= SHARED_MEMORY_LIMIT["sm90"] + 1024, row
+assert programs * 32 * entry["num_warps"] * row.registers <= 65536, row
+"""
+
+
+def test_the_programs_of_a_segmented_gradient_fit_a_multiprocessor():
+    """One's product is to run under the other's read-back."""
+    finished = run("-c", PROGRAMS)
+    assert finished.returncode == 0, finished.stdout + finished.stderr

@@ -18,6 +18,7 @@ from test_model_gap import step
 import rlvr_fast as rf
 import rlvr_fast.reference as ref
 from rlvr_fast import Rollouts
+from rlvr_fast.model_gap import direction as directions
 from rlvr_fast.model_gap import result
 from rlvr_fast.model_gap.interference import Interference
 from rlvr_fast.model_gap.result import Coverage
@@ -70,9 +71,11 @@ def everything(optimizer, parameters) -> dict:
 # -- the step to come -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("part_elements", [1, 12, 1 << 20])
 @pytest.mark.parametrize("steps_before", [0, 2])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_proposal_is_the_step_and_leaves_no_trace(kind, steps_before, generator):
+def test_a_proposal_is_the_step_and_leaves_no_trace(kind, steps_before, part_elements, generator, monkeypatch):
+    monkeypatch.setattr(directions, "PART_ELEMENTS", part_elements)
     parameters = parameters_with_gradients(generator)
     optimizer = make(kind, parameters)
     for _ in range(steps_before):
@@ -148,6 +151,45 @@ def test_whatever_an_optimizer_does_is_undone(fail, generator):
     else:
         assert rf.propose(optimizer)[parameters[0]].any()
     assert (everything(optimizer, parameters), everything(optimizer.inner, parameters)) == before
+
+
+def test_only_plain_elementwise_steps_are_taken_in_parts(generator, monkeypatch):
+    """Parts are invisible but to code that looks at the step, and to parameters that share memory."""
+    monkeypatch.setattr(directions, "PART_ELEMENTS", 1)
+    calls = []
+
+    def steps_of(optimizer) -> int:
+        calls.clear()
+        original = type(optimizer).step
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(optimizer), "step", lambda self: calls.append(1) or original(self))
+            rf.propose(optimizer)
+        return len(calls)
+
+    parameters = parameters_with_gradients(generator)
+    assert steps_of(torch.optim.Adam(parameters)) == 4
+    assert steps_of(torch.optim.SGD(parameters, lr=0.1)) == 4
+    assert steps_of(torch.optim.NAdam(parameters)) == 1
+    hooked = torch.optim.Adam(parameters)
+    hooked.register_step_post_hook(lambda *_: None)
+    assert steps_of(hooked) == 1
+    flat = torch.randn(6, generator=generator)
+    shared = [torch.nn.Parameter(flat[:3]), torch.nn.Parameter(flat[3:])]
+    for p in shared:
+        p.grad = torch.ones(3)
+    assert steps_of(torch.optim.Adam(shared)) == 1
+
+
+def test_a_step_that_fails_in_a_later_part_is_undone(generator, monkeypatch):
+    monkeypatch.setattr(directions, "PART_ELEMENTS", 1)
+    parameters = parameters_with_gradients(generator)
+    optimizer = torch.optim.Adam(parameters)
+    optimizer.step()
+    optimizer.state[parameters[3]]["exp_avg"] = torch.zeros(7)  # does not fit
+    before = everything(optimizer, parameters)
+    with pytest.raises(RuntimeError, match="shape"):
+        rf.propose(optimizer)
+    assert everything(optimizer, parameters) == before
 
 
 def test_sparse_gradients(generator):

@@ -153,9 +153,8 @@ REFUSED = {  # what each of two ranks raises
     "an engine inside": ["ValueError: model (DistributedDataParallel at 0) must not be wrapped by a distributed"] * 2,
     "mixed precision": ["ValueError: model must be in a DistributedDataParallel without mixed_precision"] * 2,
     "a sharded direction": ["TypeError: direction[norm.weight] must be a plain tensor of the whole shape"] * 2,
-    "tensor parallel": ["ValueError: model must hold plain tensors, got"] * 2,
-    "tensor parallel and fully_shard": ["ValueError: group must hold the ranks that lm_head.weight is sharded over, "
-                                        f"[0, 1]; got [{rank}]" for rank in (0, 1)],
+    "prompts counted from 0 on both ranks": ["ValueError: prompts of different ranks must have different prompt_ids, "
+                                             "got prompts counted from 0 on each of the ranks 0, 1, as group_size"] * 2,
     "tensor parallel inside the context": ["ValueError: lm_head.weight must be a plain tensor while its layer"] * 2,
     "no group": ["TypeError: group must be a torch.distributed.ProcessGroup of which this rank is a member"] * 2,
 }

@@ -2,9 +2,9 @@
 
     bench/gpu.sh OUTDIR [--stage NAME ...] [--wheels DIR] [--work DIR] [--dry-run] [options of the measuring stages]
 
-Stages: check ceilings statistics gap gradient rows tune plots. All by default, each in at most nine minutes, what
-prepares the machine included; they can be called one by one with the same OUTDIR, and the target table is made anew
-from what is there at the end of each call.
+Stages: check ceilings statistics gap gradient rows layers tune plots. All by default, each in at most nine minutes,
+what prepares the machine included; they can be called one by one with the same OUTDIR, and the target table is made
+anew from what is there at the end of each call.
 The measuring stages' own options (--heads --tokens --logits --rounds --seconds --without) are passed on to them;
 bench/gpu.sh OUTDIR --help-stages explains them.
 
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-MEASURING = ("ceilings", "statistics", "gap", "gradient", "rows")
+MEASURING = ("ceilings", "statistics", "gap", "gradient", "rows", "layers")
 STAGES = ("check", *MEASURING, "tune", "plots")
 STAGE_SECONDS = 530
 BUILD_SECONDS = 150

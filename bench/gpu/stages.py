@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import head_suites, row_suites
+from . import head_suites, layer_suites, row_suites
 from .clock import Clock, clock_for
 from .floors import ceilings
 from .host_waits import report_waits
@@ -150,8 +150,16 @@ def _row_cases(run: Run) -> Iterator[tuple]:
         yield suite, case, lambda: [Steps.draw(n_responses, length, i, run.device) for i in range(run.n_sets)]
 
 
+def run_layers(run: Run) -> None:
+    """Layers of their own: ``--heads``, ``--tokens`` and ``--logits`` are of the other stages."""
+    suite, device = layer_suites.suite(run.device), run.device
+    cases = ((suite, Case(suite.name, layer_suites.shape_of(case), "bfloat16", "none"),
+              layer_suites.inputs_of(case, run.n_sets, device)) for case in layer_suites.CASES[device.type])
+    _run_cases(run, run.table("layers"), cases)
+
+
 STAGES = {"ceilings": run_ceilings, "statistics": run_statistics, "gap": run_gap, "gradient": run_gradient,
-          "rows": run_rows}
+          "rows": run_rows, "layers": run_layers}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,11 +13,13 @@ from collections.abc import Callable
 
 import torch
 
-from . import exact, ours
+from . import exact, layer_suites, ours
 from .inputs import GivenLogits, Steps, Workload, draw
 from .suite import Result, errors
 
 SHAPES = {"cuda": ((64, 257, 48), (192, 1031, 896)), "cpu": ((64, 37, 24),)}  # (N, V, D)
+# (d_out, d_in, mean length of a response): one tile with prompts shared out, and several, none of them full.
+LAYERS = {"cuda": ((40, 72, 9), (520, 392, 150)), "cpu": ((24, 40, 5),)}
 DTYPES = {"cuda": (torch.bfloat16, torch.float16, torch.float32), "cpu": (torch.bfloat16,)}
 # Log-probs have float32 accumulators: 4e-7 at V = 151936, and 1e-4 leaves room for TF32-free products in any order.
 # Gradients go through one rounding of the derivatives to bf16 (2^-9) and, in a loop, of the result.
@@ -60,6 +62,11 @@ def main() -> int:
             weight = (torch.randn(vocabulary, width, device=device) / math.sqrt(width)).to(dtype)
             for name, (call, truth) in questions(draw(weight, n_tokens, "peaked", 0), device).items():
                 fine &= compare(f"{n_tokens}x{vocabulary}x{width} {dtype}: {name}", call(), truth)
+    for d_out, d_in, mean_length in LAYERS[device.type]:
+        for dtype in DTYPES[device.type]:
+            layer = layer_suites.Layer.draw(d_out, d_in, 16, mean_length, 0, device, dtype)
+            fine &= compare(f"{d_out}x{d_in} of {mean_length} tokens {dtype}: {layer_suites.KERNEL}",
+                            layer_suites.segmented(layer), layer_suites.exact(layer))
     batch = Steps.draw(16, 7, 0, device)
     fine &= compare("advantages + loss_weights", ours.weights(batch), exact.weights(batch))
     fine &= compare("measure_step", ours.step(batch), exact.step(batch))

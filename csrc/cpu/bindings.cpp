@@ -4,31 +4,39 @@
 
 #include <exception>
 #include <optional>
+#include <tuple>
+#include <vector>
 
+#include "fold.h"
 #include "head_pass.h"
+#include "segmented.h"
+#include "witness.h"
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
 
 namespace {
 
-using Implementation = void (*)(const rlvr::HeadPass&);
-
-struct Selected {
+struct InstructionSet {
     const char* name;
-    Implementation run;
+    void (*head_pass)(const rlvr::HeadPass&);
+    void (*segmented)(const rlvr::Segmented&);
+    void (*fold_rows)(const rlvr::FoldRows&);
 };
 
-Selected select_instruction_set(const std::string& wanted) {
+InstructionSet select_instruction_set(const std::string& wanted) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if ((wanted == "auto" || wanted == "avx512") && avx512) return {"avx512", rlvr::head_pass_avx512};
-    if ((wanted == "auto" || wanted == "avx2") && avx2) return {"avx2", rlvr::head_pass_avx2};
+    if ((wanted == "auto" || wanted == "avx512") && avx512)
+        return {"avx512", rlvr::head_pass_avx512, rlvr::segmented_avx512, rlvr::fold_rows_avx512};
+    if ((wanted == "auto" || wanted == "avx2") && avx2)
+        return {"avx2", rlvr::head_pass_avx2, rlvr::segmented_avx2, rlvr::fold_rows_avx2};
 #endif
-    if (wanted == "auto" || wanted == "baseline") return {"baseline", rlvr::head_pass_baseline};
+    if (wanted == "auto" || wanted == "baseline")
+        return {"baseline", rlvr::head_pass_baseline, rlvr::segmented_baseline, rlvr::fold_rows_baseline};
     throw py::value_error("instruction_set " + wanted + " cannot run on this processor");
 }
 
@@ -81,12 +89,54 @@ void head_pass(int dtype, Address hidden, Address weight, Address bias, Address 
         a.merge = Merge::call;
         a.merge_context = &merging;
     }
-    const auto run = select_instruction_set(instruction_set).run;
+    const auto run = select_instruction_set(instruction_set).head_pass;
     {
         py::gil_scoped_release unlocked;
         run(a);
     }
     if (merging.failure) std::rethrow_exception(merging.failure);
+}
+
+using PieceTuple = std::tuple<Address, Address, int64_t, int64_t, int64_t, int64_t>;
+
+void segmented(int dtype, const std::vector<PieceTuple>& pieces, int64_t n_responses, int64_t d_out, int64_t d_in,
+               Address direction, Address gradient, Address gram, Address dots, int n_threads,
+               const std::string& instruction_set) {
+    std::vector<rlvr::Piece> own;
+    own.reserve(pieces.size());
+    for (const auto& [b, a, rows, b_stride, a_stride, response] : pieces)
+        own.push_back({pointer<const void>(b), pointer<const void>(a), rows, b_stride, a_stride, response});
+    rlvr::Segmented a{};
+    a.dtype = static_cast<rlvr::DType>(dtype);
+    a.pieces = own.data();
+    a.n_pieces = static_cast<int64_t>(own.size());
+    a.n_responses = n_responses;
+    a.d_out = d_out;
+    a.d_in = d_in;
+    a.direction = pointer<const float>(direction);
+    a.gradient = pointer<float>(gradient);
+    a.gram = pointer<double>(gram);
+    a.dots = pointer<double>(dots);
+    a.n_threads = n_threads;
+    const auto run = select_instruction_set(instruction_set).segmented;
+    py::gil_scoped_release unlocked;
+    run(a);
+}
+
+void fold_rows(int dtype, Address x, int64_t n_rows, int64_t width, int64_t stride, int64_t first, int64_t k,
+               uint64_t salt, Address folded, int n_threads, const std::string& instruction_set) {
+    const rlvr::FoldRows a{static_cast<rlvr::DType>(dtype), pointer<const void>(x), n_rows, width, stride, first, k, salt,
+                           pointer<float>(folded), n_threads};
+    const auto run = select_instruction_set(instruction_set).fold_rows;
+    py::gil_scoped_release unlocked;
+    run(a);
+}
+
+void outer_entries(int b_dtype, Address b, int64_t b_stride, int a_dtype, Address a, int64_t a_stride, int64_t n_rows,
+                   Address rows, Address columns, int64_t n_entries, Address seen, Address size) {
+    rlvr::outer_entries({static_cast<rlvr::DType>(b_dtype), static_cast<rlvr::DType>(a_dtype), pointer<const void>(b),
+                         pointer<const void>(a), n_rows, b_stride, a_stride, n_entries, pointer<const int64_t>(rows),
+                         pointer<const int64_t>(columns), pointer<double>(seen), pointer<double>(size)});
 }
 
 }  // namespace
@@ -99,4 +149,13 @@ PYBIND11_MODULE(_native, module) {
                py::arg("tokens"), py::arg("n_tokens"), py::arg("vocabulary"), py::arg("width"), py::arg("temperature"),
                py::arg("softcap"), py::arg("results"), py::arg("sums"), py::arg("coefficients"), py::arg("cu_seqlens"),
                py::arg("n_responses"), py::arg("merge"), py::arg("n_threads"), py::arg("instruction_set") = "auto");
+    module.def("segmented", &segmented, py::arg("dtype"), py::arg("pieces"), py::arg("n_responses"), py::arg("d_out"),
+               py::arg("d_in"), py::arg("direction"), py::arg("gradient"), py::arg("gram"), py::arg("dots"),
+               py::arg("n_threads"), py::arg("instruction_set") = "auto");
+    module.def("fold_rows", &fold_rows, py::arg("dtype"), py::arg("x"), py::arg("n_rows"), py::arg("width"),
+               py::arg("stride"), py::arg("first"), py::arg("k"), py::arg("salt"), py::arg("folded"),
+               py::arg("n_threads"), py::arg("instruction_set") = "auto");
+    module.def("outer_entries", &outer_entries, py::arg("b_dtype"), py::arg("b"), py::arg("b_stride"),
+               py::arg("a_dtype"), py::arg("a"), py::arg("a_stride"), py::arg("n_rows"), py::arg("rows"),
+               py::arg("columns"), py::arg("n_entries"), py::arg("seen"), py::arg("size"));
 }

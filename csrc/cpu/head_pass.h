@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace rlvr {
+#include "dtype.h"
 
-enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+namespace rlvr {
 
 // raw = hidden . weight^T + bias;  z = cap * tanh(raw / cap) / T;  p = softmax(z).  All pointers are contiguous.
 struct HeadPass {

@@ -1,6 +1,6 @@
 // The head pass for AVX-512: 32 registers hold a 12 x 32 tile.
 #if defined(__x86_64__)
-#include "head_pass_system.h"
+#include "kernels_system.h"
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 #define RLVR_LANES 16
 #define RLVR_ROWS 12

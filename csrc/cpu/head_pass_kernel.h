@@ -15,6 +15,7 @@
 // Sums run in fp32 over at most one split of the vocabulary (a few hundred tiles), then in double.
 
 #include "statistics.h"
+#include "threads.h"
 
 namespace {
 
@@ -22,50 +23,6 @@ using rlvr::DType;
 using rlvr::HeadPass;
 
 constexpr int64_t CHUNK_UNIT = 32;  // token chunks are multiples of it on every instruction set
-constexpr int64_t K_BLOCK = 256;    // product depth per visit of a register tile: its operands stay in L1
-constexpr double THREAD_FLOPS = 4e6;  // starting a thread costs as much as about this
-
-// -- threads ----------------------------------------------------------------------------------------------------------
-
-class Barrier {
-  public:
-    explicit Barrier(int count) : count_(count) {}
-    void wait() {
-        std::unique_lock<std::mutex> lock(mutex_);
-        const int64_t generation = generation_;
-        if (++arrived_ == count_) {
-            arrived_ = 0;
-            ++generation_;
-            condition_.notify_all();
-        } else {
-            condition_.wait(lock, [&] { return generation != generation_; });
-        }
-    }
-
-  private:
-    const int count_;
-    int arrived_ = 0;
-    int64_t generation_ = 0;
-    std::mutex mutex_;
-    std::condition_variable condition_;
-};
-
-template <class Body>
-void run_threads(int n_threads, Body body) {
-    std::vector<std::thread> threads;
-    for (int i = 1; i < n_threads; ++i) threads.emplace_back(body, i);
-    body(0);
-    for (auto& thread : threads) thread.join();
-}
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t clamp_multiple(int64_t value, int64_t low, int64_t high, int64_t unit) {
-    value = value / unit * unit;
-    return value < low ? low : value > high ? high : value;
-}
-
-// -- the pass ---------------------------------------------------------------------------------------------------------
 
 // What a thread writes while it works. Made before the threads start, so that no allocation can fail inside one.
 struct Workspace {
@@ -243,8 +200,7 @@ void head_pass_typed(const HeadPass& a) {
 }
 
 void head_pass(HeadPass a) {
-    const double flops = 2.0 * a.n_tokens * a.vocabulary * a.width, useful = 1 + flops / THREAD_FLOPS;
-    if (useful < a.n_threads) a.n_threads = static_cast<int>(useful);
+    a.n_threads = useful_threads(a.n_threads, 2.0 * a.n_tokens * a.vocabulary * a.width);
     switch (a.dtype) {
         case DType::float32: return head_pass_typed<float>(a);
         case DType::bfloat16: return head_pass_typed<BFloat16>(a);

@@ -1,18 +1,21 @@
-// Vectors of RLVR_LANES floats, one token per lane, and the exponentials on them.
+// Vectors of RLVR_LANES floats and the exponentials on them; the register tile of RLVR_ROWS x 2 of them.
 #pragma once
 
-#include "head_pass_system.h"
+#include "kernels_system.h"
 
 namespace {
 
 constexpr int LANES = RLVR_LANES;
+constexpr int ROWS = RLVR_ROWS;   // of a register tile,
+constexpr int BLOCK = 2 * LANES;  // and its columns
+constexpr int64_t K_BLOCK = 256;  // product depth per visit of a register tile: its operands stay in L1
 constexpr float FLOOR = -3.0e38f;     // stands for "no logit yet" and for masked vocabulary; finite, so x - FLOOR is too
 constexpr float EXP_UNDERFLOW = -87.0f;
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t IVec __attribute__((vector_size(LANES * 4)));
 
-inline Vec splat(float x) { return Vec{} + x; }
+inline Vec splat(float x) { return x - Vec{}; }  // x + 0 would be a sum: it turns -0 into 0
 inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }  // a NaN in b survives

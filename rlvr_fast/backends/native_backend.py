@@ -56,23 +56,24 @@ def head_pass_with_gram(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, 
     return torch_backend.head_pass_with_gram(hidden, tokens, head, coefficients, groups, merge, head_pass)
 
 
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _run(hidden, tokens, head, coefficients, cu_seqlens, sums, instruction_set="auto", merge=None) -> TokenPass:
     hidden, weight = hidden.detach().contiguous(), head.weight.detach().contiguous()
     bias = None if head.bias is None else head.bias.detach().to(torch.float32).contiguous()
     results = torch.empty(6, hidden.shape[0])
-
-    def address(tensor):
-        return 0 if tensor is None else tensor.data_ptr()
 
     def merge_chunk(first, count):
         chunk = results[:, first:first + count]
         chunk.copy_(torch.stack(merge(TokenPass(*chunk.unbind(0)))[0]))
 
     _native.head_pass(
-        dtype=_DTYPE_CODES[hidden.dtype], hidden=address(hidden), weight=address(weight), bias=address(bias),
-        tokens=address(tokens), n_tokens=hidden.shape[0], vocabulary=head.vocabulary_size, width=head.hidden_size,
-        temperature=head.temperature, softcap=head.softcap or 0.0, results=address(results), sums=address(sums),
-        coefficients=address(coefficients), cu_seqlens=address(cu_seqlens),
+        dtype=_DTYPE_CODES[hidden.dtype], hidden=_address(hidden), weight=_address(weight), bias=_address(bias),
+        tokens=_address(tokens), n_tokens=hidden.shape[0], vocabulary=head.vocabulary_size, width=head.hidden_size,
+        temperature=head.temperature, softcap=head.softcap or 0.0, results=_address(results), sums=_address(sums),
+        coefficients=_address(coefficients), cu_seqlens=_address(cu_seqlens),
         n_responses=0 if sums is None else sums.shape[0], merge=None if merge is None else merge_chunk,
         n_threads=torch.get_num_threads(), instruction_set=instruction_set)
     return TokenPass(*results.unbind(0))

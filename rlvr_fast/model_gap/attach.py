@@ -9,13 +9,19 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rlvr_fast import _validate as check
 from rlvr_fast.model_gap.segmented import accumulation_dtype
 from rlvr_fast.model_gap.tap import EmbeddingSite, LinearSite, ScaleSite, Site, scale_slope
+from rlvr_fast.model_gap.tensor_parallel import TensorParallel, is_dtensor
+from rlvr_fast.model_gap.transformers_sites import (
+    ScaledEmbeddingSite,
+    TransposedLinearSite,
+    is_scaled_embedding,
+    is_transposed_linear,
+)
 
 _ABSENT = object()
 
@@ -64,13 +70,15 @@ def check_model(model: nn.Module) -> None:
                              "processes are not seen here")
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(f"{where} must not be compiled: run the measured step on the module torch.compile got")
+        if any(is_dtensor(value) for value in vars(module).values()) or any(
+                hasattr(parameter, "_st_info") for parameter in module._parameters.values()):
+            raise ValueError(f"{where} must not be tensor-parallel in a DistributedDataParallel with a device_mesh, "
+                             "whose first forward takes the parameters out of their modules: use fully_shard, or "
+                             "average the gradients over the data-parallel ranks in the loop")
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"{where} must not be a TorchScript module")
-    gathered = tuple(f"{path}." if path else "" for path, module in model.named_modules()
-                     if _is_a(module, "FSDPModule"))
     for name, parameter in model.named_parameters():
-        elsewhere = is_sharded(parameter) and not name.startswith(gathered)  # tensor parallel
-        if parameter.is_meta or elsewhere or hasattr(parameter, "ds_id"):  # ZeRO
+        if parameter.is_meta or hasattr(parameter, "ds_id"):  # ZeRO
             raise ValueError(f"model must hold plain tensors, got {type(parameter).__name__} for {name} "
                              f"on {parameter.device}")
     devices = {parameter.device for parameter in model.parameters()}
@@ -80,11 +88,6 @@ def check_model(model: nn.Module) -> None:
         raise ValueError("model must have a parameter that requires a gradient, got none")
 
 
-def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether it is a DTensor."""
-    return hasattr(tensor, "device_mesh")
-
-
 def reshard(model: nn.Module) -> None:
     """Let modules under ``fully_shard`` have their sharded parameters, which a forward may have left gathered."""
     for module in model.modules():
@@ -92,13 +95,9 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def check_group(parameters: dict[str, nn.Parameter], group: dist.ProcessGroup | None) -> None:
-    """A sharded model's gradients are whole in the group of all ranks that hold a part of it."""
-    ranks = set() if group is None else set(dist.get_process_group_ranks(group))
-    for name, parameter in parameters.items():
-        if is_sharded(parameter) and ranks != set(parameter.device_mesh.mesh.flatten().tolist()):
-            raise ValueError(f"group must hold the ranks that {name} is sharded over, "
-                             f"{parameter.device_mesh.mesh.flatten().tolist()}; got {sorted(ranks) or None}")
+def gathered(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the parameters that ``fully_shard`` gathers for their layers."""
+    return tuple(f"{path}." if path else "" for path, module in model.named_modules() if _is_a(module, "FSDPModule"))
 
 
 def _is_a(module: nn.Module, *names: str) -> bool:
@@ -106,8 +105,8 @@ def _is_a(module: nn.Module, *names: str) -> bool:
     return any(kind.__name__ in names for kind in type(module).__mro__)
 
 
-def find_sites(recording, model: nn.Module, names: dict[int, str], lm_head: nn.Module | None
-               ) -> tuple[list[Site], dict[str, str]]:
+def find_sites(recording, model: nn.Module, names: dict[int, str], lm_head: nn.Module | None,
+               spread: TensorParallel | None = None) -> tuple[list[Site], dict[str, str]]:
     """The sites of all recognised modules, and why each remaining trainable parameter is not covered.
 
     A parameter shared by modules of both kinds has a site and a reason: its sites see a part of its gradient only.
@@ -124,7 +123,7 @@ def find_sites(recording, model: nn.Module, names: dict[int, str], lm_head: nn.M
         if kind is None:
             reasons.update({name: f"{type(module).__name__}: {reason}" for name in own.values()})
             continue
-        sites.append(kind(recording, module, path, own))
+        sites.append(kind(recording, module, path, own, spread))
     return sites, reasons
 
 
@@ -139,11 +138,15 @@ def _recognise(module: nn.Module, affine: dict[tuple, bool]) -> tuple[type[Site]
             return LinearSite, ""
         return None, "a Linear with a forward of its own"
     if isinstance(module, nn.Embedding):
-        if type(module).forward is not nn.Embedding.forward:
-            return None, "an Embedding with a forward of its own"
         if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
             return None, "max_norm, scale_grad_by_freq or sparse gradients"
-        return EmbeddingSite, ""
+        if type(module).forward is nn.Embedding.forward:
+            return EmbeddingSite, ""
+        if is_scaled_embedding(module):
+            return ScaledEmbeddingSite, ""
+        return None, "an Embedding with a forward of its own"
+    if is_transposed_linear(module):
+        return TransposedLinearSite, ""
     if not module._modules and not module._buffers and _is_scale(module, affine):
         return ScaleSite, ""
     return None, "not a linear layer, an embedding or an elementwise scale"
@@ -185,17 +188,28 @@ def _behaves_as_scale(module: nn.Module, weight: torch.Tensor, bias: torch.Tenso
         module._parameters.update(before)
 
 
+def replicated(gradient: torch.Tensor) -> torch.Tensor:
+    """The same DTensor with its partial sums added up."""
+    if not any(placement.is_partial() for placement in gradient.placements):
+        return gradient
+    from torch.distributed.tensor import Replicate  # imported already, since a DTensor came
+    return gradient.redistribute(placements=[Replicate() if placement.is_partial() else placement
+                                             for placement in gradient.placements])
+
+
 def gradient_norm_sq(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Per parameter the squared norm of its gradient, float64 scalars; of a shard times the number of shards.
 
-    So the mean over the ranks is that of the whole gradient, whether each has all of it or a shard.
+    So the mean over the ranks is that of the whole gradient, whether each has all of it or a shard. Partial sums are
+    added up over their ranks first, which is collective.
     """
     norms = {}
     for name, gradient in gradients.items():
         shards = 1
-        if is_sharded(gradient):
+        if is_dtensor(gradient):
+            gradient = replicated(gradient)
             shards = math.prod(size for size, placement in zip(gradient.device_mesh.shape, gradient.placements,
-                                                               strict=True) if placement.is_shard())
+                                                               strict=True) if not placement.is_replicate())
             gradient = gradient.to_local()
         norm = torch.linalg.vector_norm(gradient, dtype=accumulation_dtype(gradient.dtype))
         norms[name] = shards * norm.double().square()
@@ -213,11 +227,15 @@ def find_lm_head(model: nn.Module, given: nn.Module | None) -> nn.Module | None:
     if found is None:
         found = next((module for path, module in model.named_modules()
                       if path.split(".")[-1] == "lm_head" and isinstance(module, nn.Linear)), None)
+    saved = getattr(found, "modules_to_save", None)  # PEFT's wrapper around a head that is trained whole
+    if isinstance(saved, nn.ModuleDict):
+        found = saved[found.active_adapters[0]] if found.active_adapters else found.original_module
     return found if isinstance(found, nn.Linear) else None
 
 
-def check_direction(direction: dict | None, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Directions by parameter name."""
+def check_direction(direction: dict | None, parameters: dict[str, nn.Parameter],
+                    shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Directions by parameter name; ``shapes`` are those of whole parameters."""
     if direction is None:
         return {}
     if not isinstance(direction, dict) or not direction:
@@ -228,9 +246,9 @@ def check_direction(direction: dict | None, parameters: dict[str, nn.Parameter])
         name = names.get(id(key)) if isinstance(key, torch.Tensor) else key
         if name not in parameters:
             raise ValueError(f"direction must name trainable parameters of the model, got {check.describe(key)}")
-        if isinstance(value, torch.Tensor) and is_sharded(value):
+        if isinstance(value, torch.Tensor) and is_dtensor(value):
             raise TypeError(f"direction[{name}] must be a plain tensor of the whole shape, got a DTensor: pass its "
                             "full_tensor()")
-        check.tensor(f"direction[{name}]", value, shape=tuple(parameters[name].shape), device=parameters[name].device)
+        check.tensor(f"direction[{name}]", value, shape=shapes[name], device=parameters[name].device)
         result[name] = value.detach()
     return result

@@ -15,8 +15,8 @@ import torch
 
 from rlvr_fast.model_gap.ghost import ghost_gram
 from rlvr_fast.model_gap.micro_batch import MicroBatch, Spans
-from rlvr_fast.model_gap.segmented import accumulation_dtype, segmented_gram
-from rlvr_fast.model_gap.sketch import Fold
+from rlvr_fast.model_gap.segmented import accumulation_dtype, device_products, segmented_gram
+from rlvr_fast.model_gap.sketch import Fold, span_products
 from rlvr_fast.rollouts import Rollouts
 
 
@@ -50,17 +50,33 @@ class _Held:
     vocabulary: list = field(default_factory=list)  # per prompt: the ids looked up, H_i restricted to their rows
 
 
+def vector_products(rollouts: Rollouts, vectors: torch.Tensor, direction: torch.Tensor | None
+                    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of the gradients [R, d] of one parameter: ⟨G_i, G_j⟩ [R, n_max], and [R] ⟨direction, G_i⟩, both float64."""
+    vectors = vectors.double()
+    table = vectors.new_zeros(len(vectors), max(map(len, rollouts.members)))
+    for members in rollouts.members:
+        own = vectors[list(members)]
+        table[list(members), :len(members)] = own @ own.T
+    return table, None if direction is None else vectors @ direction.double()
+
+
 class GramCollector:
     """Exact inner products, per parameter and prompt; needs all responses of a prompt in one forward.
+
+    Args:
+        parts: what is here of parameters that are spread over ranks (``tensor_parallel.Part``), filled as layers run.
 
     Attributes:
         grams: per parameter [R, n_max] float64, ⟨G_i, G_j⟩ with the j-th response of the same prompt.
         dots: per parameter [R] float64, ⟨direction, G_i⟩; empty without a direction.
+        vectors: per parameter [R, d], gradients that are partial sums yet.
     """
 
     def __init__(self, rollouts: Rollouts, shapes: dict[str, torch.Size], *, ghost: bool,
-                 direction: dict[str, torch.Tensor]) -> None:
-        self.ghost, self.shapes, self.direction = ghost, shapes, direction
+                 direction: dict[str, torch.Tensor], parts: dict | None = None) -> None:
+        self.ghost, self.shapes, self.direction, self.parts = ghost, shapes, direction, {} if parts is None else parts
+        self.vectors: dict[str, torch.Tensor] = {}
         self.n_responses = rollouts.n_responses
         self.width = max((len(members) for members in rollouts.members), default=0)
         self.grams: dict[str, torch.Tensor] = {}
@@ -90,6 +106,12 @@ class GramCollector:
         if _complete(micro_batch, name, "vector"):
             self._reduce_vector(name, micro_batch, held)
 
+    def partial(self, name: str, micro_batch: MicroBatch, values: torch.Tensor, spans: Spans) -> None:
+        """As ``vector``, where other ranks have other rows of the same responses."""
+        sums = span_sums(values, spans)
+        own = self.vectors.setdefault(name, sums.new_zeros(self.n_responses, sums.shape[1]))
+        own.index_add_(0, micro_batch.index(sums.device)[0], sums)
+
     def flush(self, micro_batch: MicroBatch) -> None:
         """Reduce what still waits for uses that took no part in the backward."""
         for key in [key for key in self._held if key[0] is micro_batch]:
@@ -108,15 +130,21 @@ class GramCollector:
                   for i in range(len(micro_batch.responses))]
         groups = [[pieces[i] for i in places] for _, places in micro_batch.groups]
         b, a, _ = held.outer[-1]
-        shape, direction = (b.shape[1], a.shape[1]), self.direction.get(name)
+        shape, direction = (b.shape[1], a.shape[1]), self._along(name)
         longest = max(sum(len(piece[0]) for own in group for piece in own) for group in groups)
         most = max(len(group) for group in groups)
-        gradient = None
-        if self.ghost or ghost_is_cheaper(longest, most, *shape):
+        gradient, fused = None, want_gradient and len(held.outer) == 1
+        on_device = None if self.ghost else device_products(b, a, most)
+        if on_device is not None:  # ahead of the ghost rule, which counts torch's products
+            total = torch.zeros(shape, dtype=torch.float32, device=b.device) if fused else None
+            grams, dots = on_device(held.outer, [places for _, places in micro_batch.groups], direction=direction,
+                                    gradient=total)
+            if want_gradient:
+                gradient = total if fused else weight_gradient(b, a)
+        elif self.ghost or ghost_is_cheaper(longest, most, *shape):
             gradient = weight_gradient(b, a) if want_gradient else None
             grams, dots = ghost_gram(groups, direction)
         else:
-            fused = want_gradient and len(held.outer) == 1
             total = torch.zeros(shape, dtype=accumulation_dtype(b.dtype), device=b.device) if fused else None
             grams, dots = segmented_gram(groups, shape, direction, total)
             if want_gradient:
@@ -133,7 +161,7 @@ class GramCollector:
         return gradient
 
     def _reduce_rows(self, name, micro_batch, held) -> None:
-        grams, dots = [], []
+        grams, dots, direction = [], [], self._along(name)
         for (_, places), ids in zip(micro_batch.groups, self._looked_up(name, micro_batch), strict=True):
             width = held.rows[0][1].shape[1]
             dtype = accumulation_dtype(held.rows[0][1].dtype)
@@ -148,21 +176,26 @@ class GramCollector:
                 cross = (held.vocabulary[len(grams)].flatten(1).to(dtype) @ flat.T).double()
                 gram += cross + cross.T
             grams.append(gram)
-            if name in self.direction:
-                dots.append((flat @ self.direction[name][ids].reshape(-1).to(dtype)).double())
+            if direction is not None:
+                dots.append((flat @ direction[ids].reshape(-1).to(dtype)).double())
         self._add(name, micro_batch, grams, dots)
         self._held.pop((micro_batch, name))
 
     def _reduce_vector(self, name, micro_batch, held) -> None:
         values = sum(held.outer)
-        grams, dots = [], []
+        grams, dots, direction = [], [], self._along(name)
         for places in micro_batch.index(values.device)[2]:
             own = values[places].double()
             grams.append(own @ own.T)
-            if name in self.direction:
-                dots.append(own @ self.direction[name].double())
+            if direction is not None:
+                dots.append(own @ direction.double())
         self._add(name, micro_batch, grams, dots)
         self._held.pop((micro_batch, name))
+
+    def _along(self, name: str) -> torch.Tensor | None:
+        """The direction, as far as the parameter is here."""
+        whole, part = self.direction.get(name), self.parts.get(name)
+        return whole if whole is None or part is None else part.of(whole)
 
     def _looked_up(self, name: str, micro_batch: MicroBatch) -> list[torch.Tensor]:
         """Per prompt the distinct ids, sorted."""
@@ -190,21 +223,31 @@ def sketch_columns(shape: torch.Size, k: int) -> int:
 
 
 class SketchCollector:
-    """Sketches of all responses' gradients, per parameter: {name: [R, k_out * k_in] float32}. See ``Fold``."""
+    """Sketches of all responses' gradients, per parameter: {name: [R, k_out * k_in] float32}. See ``Fold``.
+
+    ``shapes`` are those of whole parameters; ``parts`` says what is here of those that are spread over ranks.
+    """
 
     def __init__(self, rollouts: Rollouts, shapes: dict[str, torch.Size], *, k: int, seed: int,
-                 direction: dict[str, torch.Tensor]) -> None:
+                 direction: dict[str, torch.Tensor], parts: dict | None = None) -> None:
         self.n_responses, self.shapes, self.k, self.seed, self.direction = (rollouts.n_responses, shapes, k, seed,
                                                                             direction)
+        self.parts = {} if parts is None else parts
         self.sketches: dict[str, torch.Tensor] = {}
         self._folds: dict[tuple[str, str], Fold] = {}
 
     def fold(self, name: str, side: str, device: torch.device) -> Fold:
+        """The map of one side of a parameter, as far as that is here."""
         if (name, side) not in self._folds:
-            shape = self.shapes[name]
-            d, k = (shape[0], self.k**2) if len(shape) == 1 else (shape[side == "in"], self.k)
-            self._folds[name, side] = Fold(d, k, seed=self.seed, name=name, side=side, device=device)
+            whole, part = self._whole_fold(name, side, device), self.parts.get(name)
+            dim = int(side == "in")
+            self._folds[name, side] = whole if part is None else whole.narrow(part.starts[dim], part.sizes[dim])
         return self._folds[name, side]
+
+    def _whole_fold(self, name: str, side: str, device: torch.device) -> Fold:
+        shape = self.shapes[name]
+        d, k = (shape[0], self.k**2) if len(shape) == 1 else (shape[side == "in"], self.k)
+        return Fold(d, k, seed=self.seed, name=name, side=side, device=device)
 
     def outer(self, name, micro_batch, b, a, spans, want_gradient=False) -> None:
         self._outer(name, micro_batch, self.fold(name, "out", b.device)(b), a, spans)
@@ -215,25 +258,27 @@ class SketchCollector:
     def vector(self, name, micro_batch, values, spans) -> None:
         self._add(name, micro_batch, self.fold(name, "out", values.device)(span_sums(values, spans)))
 
+    partial = vector  # sketches add up over ranks as they do over rows
+
     def flush(self, micro_batch) -> None:
         """Nothing waits: sketches are linear in the uses of a parameter."""
 
-    def dots(self) -> dict[str, torch.Tensor]:
-        """Per parameter the unbiased [R] estimate of ⟨direction, G_i⟩."""
+    def dots(self, sketches: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Per parameter the unbiased [R] estimate of ⟨direction, G_i⟩, from the sketches of whole gradients."""
         result = {}
-        for name, sketch in self.sketches.items():
+        for name, sketch in sketches.items():
             if name not in self.direction:
                 continue
-            folded = self.direction[name].double()
+            folded, fold = self.direction[name].double(), self._whole_fold(name, "out", sketch.device)
             if folded.ndim == 2:
-                folded = self._folds[name, "in"](folded)
-            folded = self._folds[name, "out"](folded.T).T if folded.ndim == 2 else self._folds[name, "out"](folded)
+                folded = self._whole_fold(name, "in", sketch.device)(folded)
+            folded = fold(folded.T).T if folded.ndim == 2 else fold(folded)
             result[name] = sketch.double() @ folded.reshape(-1)
         return result
 
     def _outer(self, name, micro_batch, b, a, spans) -> None:
         a = self.fold(name, "in", a.device)(a)
-        self._add(name, micro_batch, torch.stack([b[s:e].T @ a[s:e] for s, e in spans]).flatten(1))
+        self._add(name, micro_batch, span_products(b, a, spans))
 
     def _add(self, name, micro_batch, values) -> None:
         if name not in self.sketches:

@@ -9,6 +9,7 @@ import torch
 
 from rlvr_fast.model_gap.coefficients import NotConstant, response_coefficients
 from rlvr_fast.model_gap.recording import Recording
+from rlvr_fast.model_gap.tensor_parallel_join import Join, Terms
 from rlvr_fast.rollouts import Rollouts
 
 ADVICE = "call probe.backward(logp) before the loss's backward"
@@ -60,33 +61,36 @@ class Collected:
     norm_sq: dict[str, torch.Tensor]
 
     @classmethod
-    def of(cls, recording: Recording, parameters: list[str], reasons: dict[str, str],
-           norm_sq: dict[str, torch.Tensor]) -> Collected:
+    def of(cls, recording: Recording, parameters: list[str], reasons: dict[str, str], norm_sq: dict[str, torch.Tensor],
+           *, gradients: dict[str, torch.Tensor] | None = None, join: Join | None = None) -> Collected:
         """What ``recording`` holds of the trainable ``parameters``; ``reasons`` as known before the step. Synchronises.
+
+        With ``join``, to which ``gradients`` go (see ``Terms``), what all tensor-parallel ranks hold; collective.
 
         Raises:
             RuntimeError: if responses went through no backward, or the training backward says nothing about ∇log π.
         """
-        recording.check_complete()
-        rollouts, collector = recording.rollouts, recording.collector
+        collector, observed = recording.collector, recording.observed
+        direction = collector.direction
+        if join is None:
+            own = _terms(recording, parameters, reasons, norm_sq, {})
+        else:
+            try:
+                own = _terms(recording, parameters, reasons, norm_sq, gradients)
+                join.check()
+            except Exception as error:
+                join.refuse(error)
+                raise
+            own = join.total(own, direction)
+            observed = observed + join.heads()
+        rollouts = recording.rollouts
         coefficients = torch.ones(rollouts.n_responses, dtype=torch.float64)
         if training := [batch for batch in recording.forwards if not batch.probed]:
-            read = _coefficients(recording, training)
+            read = _coefficients(recording, training, observed)
             coefficients = torch.where(read.isnan(), coefficients, read)
-        reasons = {**recording.skipped, **reasons}
-        for name in recording.witness.strangers():
-            reasons.setdefault(name, "a part of its gradient came from outside its module, or its gradient was changed "
-                                     "by a hook")
-        tables = collector.sketches if recording.method == "sketch" else collector.grams
-        dots = collector.dots() if recording.method == "sketch" else collector.dots
-        for name in parameters:
-            if name not in tables:
-                reasons.setdefault(name, "no gradient came to it")
-        tables = {name: table for name, table in tables.items() if name not in reasons}
-        if not tables:
-            raise RuntimeError(f"no parameter is covered: {reasons}")
-        return cls(rollouts, recording.source, coefficients, tables,
-                   {name: value for name, value in dots.items() if name in tables}, reasons, norm_sq)
+        dots = collector.dots(own.tables) if recording.method == "sketch" else own.dots
+        return cls(rollouts, recording.source, coefficients, own.tables,
+                   {name: value for name, value in dots.items() if name in own.tables}, own.reasons, own.norm_sq)
 
     def check_measured(self) -> None:
         """Raise if a prompt of both classes, on whatever ranks, has a response without a gradient."""
@@ -97,11 +101,30 @@ class Collected:
                                    f"{members[int((own == 0).nonzero()[0])]} has coefficient 0 in the loss: {ADVICE}")
 
 
-def _coefficients(recording: Recording, training: list) -> torch.Tensor:
-    if {id(batch) for batch in training} - {id(rows.micro_batch) for rows in recording.observed}:
+def _terms(recording: Recording, parameters: list[str], reasons: dict[str, str], norm_sq: dict[str, torch.Tensor],
+           gradients: dict[str, torch.Tensor]) -> Terms:
+    """What this rank has."""
+    recording.check_complete()
+    collector, sketch = recording.collector, recording.method == "sketch"
+    reasons = {**recording.skipped, **reasons}
+    for name in recording.witness.strangers():
+        reasons.setdefault(name, "a part of its gradient came from outside its module, or its gradient was changed by "
+                                 "a hook")
+    tables, vectors = (collector.sketches, {}) if sketch else (collector.grams, collector.vectors)
+    for name in parameters:
+        if name not in tables and name not in vectors:
+            reasons.setdefault(name, "no gradient came to it")
+    tables = {name: table for name, table in tables.items() if name not in reasons}
+    if not tables and not vectors.keys() - reasons.keys():
+        raise RuntimeError(f"no parameter is covered: {reasons}")
+    return Terms(tables, {} if sketch else collector.dots, reasons, norm_sq, vectors, gradients)
+
+
+def _coefficients(recording: Recording, training: list, observed: list) -> torch.Tensor:
+    if {id(batch) for batch in training} - {id(rows.micro_batch) for rows in observed}:
         raise RuntimeError("the training backward was to be measured, but no gradient came through the lm_head module "
                            f"({'none was found' if recording.lm_head is None else 'a fused loss?'}): {ADVICE}")
     try:
-        return response_coefficients(recording.rollouts, recording.observed)
+        return response_coefficients(recording.rollouts, observed)
     except NotConstant as reason:
         raise RuntimeError(f"the training backward is not that of a pure policy gradient, {reason}: {ADVICE}") from None

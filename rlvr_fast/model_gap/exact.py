@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from rlvr_fast.model_gap.micro_batch import MicroBatch
+from rlvr_fast.model_gap.tensor_parallel import TensorParallel
 from rlvr_fast.rollouts import Rollouts
 
 
@@ -37,12 +38,17 @@ def isolated_gradients(parameters: dict[str, torch.nn.Parameter]) -> Iterator[No
 class ExactCollector:
     """⟨G_i, G_j⟩ over all parameters from one backward per response. Keeps the gradients of unfinished prompts.
 
-    Attributes: ``grams`` and ``dots`` as in ``GramCollector``.
+    Args:
+        spread: of a model whose layers are spread over ranks; then gradients are what is here of them.
+
+    Attributes: ``grams``, ``dots`` and ``vectors`` as in ``GramCollector``.
     """
 
-    def __init__(self, rollouts: Rollouts, direction: dict[str, torch.Tensor]) -> None:
-        self.rollouts, self.direction = rollouts, direction
+    def __init__(self, rollouts: Rollouts, direction: dict[str, torch.Tensor],
+                 spread: TensorParallel | None = None) -> None:
+        self.rollouts, self.direction, self.spread = rollouts, direction, spread
         self.grams: dict[str, torch.Tensor] = {}
+        self.vectors: dict[str, torch.Tensor] = {}
         self.dots: dict[str, torch.Tensor] = {}
         self._gradients: dict[int, dict[str, torch.Tensor]] = {}
 
@@ -52,27 +58,45 @@ class ExactCollector:
         for response, total in zip(micro_batch.responses, totals, strict=True):
             with isolated_gradients(parameters):
                 total.backward(retain_graph=True)
-                self._gradients[response] = {name: p.grad.reshape(-1).double() for name, p in parameters.items()
-                                             if p.grad is not None}
+                self._gradients[response] = {name: gradient for name, p in parameters.items()
+                                             if (gradient := self._taken(response, name, p)) is not None}
         for prompt, _ in micro_batch.groups:
             members = self.rollouts.members[prompt]
             if all(response in self._gradients for response in members):
                 self._reduce(members, [self._gradients.pop(response) for response in members], parameters)
+
+    def _taken(self, response: int, name: str, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        gradient = parameter.grad
+        if gradient is None:
+            return None
+        if self.spread is not None:
+            partial = self.spread.is_partial(gradient)
+            self.spread.hold(name, parameter, partial=partial)
+            gradient = self.spread.local_gradient(name, parameter, gradient)
+            if partial:
+                rows = self.vectors.setdefault(name, torch.zeros(self.rollouts.n_responses, gradient.numel(),
+                                                                 dtype=torch.float64, device=gradient.device))
+                rows[response] = gradient.reshape(-1).double()
+                return None
+        return gradient.reshape(-1).double()
 
     def flush(self, micro_batch: MicroBatch) -> None:
         """Nothing waits but prompts with responses still to come."""
 
     def _reduce(self, members, gradients, parameters) -> None:
         width = max(len(prompt) for prompt in self.rollouts.members)
-        for name, parameter in parameters.items():
+        for name in parameters:
             own = [gradient.get(name) for gradient in gradients]
             if all(vector is None for vector in own):
                 continue
-            flat = torch.stack([torch.zeros(parameter.numel(), dtype=torch.float64, device=parameter.device)
-                                if vector is None else vector for vector in own])
+            some = next(vector for vector in own if vector is not None)
+            flat = torch.stack([torch.zeros_like(some) if vector is None else vector for vector in own])
             n_responses = self.rollouts.n_responses
             gram = self.grams.setdefault(name, flat.new_zeros(n_responses, width))
             gram[list(members), :len(members)] = flat @ flat.T
             if name in self.direction:
                 dots = self.dots.setdefault(name, flat.new_zeros(n_responses))
-                dots[list(members)] = flat @ self.direction[name].double().reshape(-1)
+                along = self.direction[name]
+                if self.spread is not None:
+                    along = self.spread.parts[name].of(along)
+                dots[list(members)] = flat @ along.double().reshape(-1)

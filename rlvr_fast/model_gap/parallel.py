@@ -71,13 +71,19 @@ class Ranks:
                                           [stop - start for start, stop in pairwise(bounds)]))
         own = (rollouts.n_responses, max(map(len, rollouts.members)), len(self._description))
         model = checksum([(name, tuple(p.shape), str(p.dtype)) for name, p in parameters.items()])
-        told = _tell(f"{own[0]} {own[1]} {own[2]} {options}, {len(self.names)} parameters #{model}, directions "
-                     f"#{checksum(self.directed)}", group)
+        told = _tell(f"{own[0]} {own[1]} {own[2]} {int(_numbered(rollouts))} {options}, {len(self.names)} parameters "
+                     f"#{model}, directions #{checksum(self.directed)}", group)
         _raise_refusals(told)
-        told = [words.split(" ", 3) for words in told]
-        if len({words[3] for words in told}) > 1:
+        told = [words.split(" ", 4) for words in told]
+        if len({words[4] for words in told}) > 1:
             raise ValueError("every rank of the group must measure the same model in the same way, got "
-                             + " | ".join(f"rank {rank}: {words[3]}" for rank, words in enumerate(told)))
+                             + " | ".join(f"rank {rank}: {words[4]}" for rank, words in enumerate(told)))
+        numbered = [str(rank) for rank, words in enumerate(told) if words[3] == "1"]
+        if len(numbered) > 1:
+            raise ValueError("prompts of different ranks must have different prompt_ids, got prompts counted from 0 "
+                             f"on each of the ranks {', '.join(numbered)}, as group_size does: give "
+                             "prompt_ids=[rank * prompts_per_rank + i // group_size, ...] instead (or, if prompts are "
+                             "split over the ranks, ids that are no such count)")
         self._sections = [self._layout(*map(int, words[:3])) for words in told]
         largest = max(stops[-1] for stops in map(_stops, self._sections))
         self.buffer_bytes = -(-largest // ALIGNMENT) * ALIGNMENT
@@ -157,7 +163,7 @@ class Ranks:
                 if first_on.setdefault(identity, rank) != rank and self.columns is None:
                     raise ValueError(f"a prompt's responses must be on one rank, or method='sketch'; prompt "
                                      f"{identity!r} has some on ranks {first_on[identity]} and {rank} (prompts of "
-                                     "different ranks need different prompt_ids, group_size counts them from 0)")
+                                     "different ranks need different prompt_ids)")
             index = torch.empty(len(own_lengths), dtype=torch.int64)
             for prompt, own in enumerate(members):
                 index[list(own)] = prompt
@@ -206,6 +212,13 @@ class Ranks:
 
     def __repr__(self) -> str:
         return f"Ranks(rank {self.rank} of {self.size}, buffer_bytes={self.buffer_bytes})"
+
+
+def _numbered(rollouts: Rollouts) -> bool:
+    """Whether prompts are numbered as ``group_size`` does it: from 0, equally large, one after the other."""
+    size = len(rollouts.members[0])
+    return rollouts.prompt_ids == tuple(range(rollouts.n_prompts)) and all(
+        members == tuple(range(prompt * size, (prompt + 1) * size)) for prompt, members in enumerate(rollouts.members))
 
 
 def _bytes(text: bytes) -> torch.Tensor:

@@ -10,17 +10,18 @@ import torch.distributed as dist
 from torch import nn
 
 from rlvr_fast import _validate as check
-from rlvr_fast.model_gap import attach, micro_batch, parallel, result
-from rlvr_fast.model_gap.collect import GramCollector, SketchCollector, sketch_columns
+from rlvr_fast.model_gap import attach, micro_batch, result
+from rlvr_fast.model_gap.arguments import Arguments
 from rlvr_fast.model_gap.collected import Collected
-from rlvr_fast.model_gap.exact import ExactCollector, isolated_gradients
+from rlvr_fast.model_gap.exact import isolated_gradients
 from rlvr_fast.model_gap.recording import Recording
 from rlvr_fast.model_gap.response_totals import response_totals
 from rlvr_fast.model_gap.result import Coverage, ModelGapResult
+from rlvr_fast.model_gap.tensor_parallel_join import Join
+from rlvr_fast.model_gap.tensor_parallel_witness import ShardWitness
 from rlvr_fast.model_gap.witness import Witness
 from rlvr_fast.rollouts import Rollouts
-
-METHODS = ("segmented", "ghost", "sketch", "exact")
+from rlvr_fast.vocabulary_parallel import VocabularyShard
 
 
 class ModelGap:
@@ -48,10 +49,19 @@ class ModelGap:
     ``rollouts`` are its own responses. With ``group`` the result is about those of all its ranks, in rank order, bit
     for bit the same on each. Making the ModelGap is collective then (a few words on the host), and so is the first use
     of ``gap()`` or ``coverage``: one all-gather of what the step added, [R, parameters, group size] float64 inner
-    products or [R, K] float32 sketches. Prompts are told apart by ``prompt_ids`` across the ranks (``group_size``
-    numbers them from 0 on each, so give ids). But for "sketch" a prompt must be whole on one rank. Coefficients are
-    those in each rank's own loss, before gradients are averaged; ``coverage`` looks at ``param.grad`` as the context
-    leaves it: averaged, or else at the mean of the ranks' norms.
+    products or [R, K] float32 sketches. Prompts are told apart by ``prompt_ids`` across the ranks; rollouts with
+    ``group_size``, which counts them from 0 on each, are refused on more than one rank. But for "sketch" a prompt must
+    be whole on one rank. Coefficients are those in each rank's own loss, before gradients are averaged; ``coverage``
+    looks at ``param.grad`` as the context leaves it: averaged, or else at the mean of the ranks' norms.
+
+    **Ranks that share layers.** Layers under ``parallelize_module`` (column- and row-parallel linear layers and
+    embeddings, norms of a sequence-parallel region) are found by their DTensors, a loop's own lm_head whose rows are
+    plain tensors on each rank by ``vocabulary``. These ranks hold the same responses, making the ModelGap and the first
+    ``gap()`` are collective among them, and the latter gives all of them the result of one rank with the whole model:
+    one all-reduce of what the step added, besides the all-gather over ``group``, which on a mesh of two dimensions is
+    the data-parallel one. Inner products of shards add up, what every rank holds whole counts once, gradients that are
+    sums over the ranks' tokens are added before they are squared; sketches are those of the whole weight for any
+    number of ranks. With DTensors data parallelism is ``fully_shard`` or the loop's own.
 
     **Precision.** Inner products are formed from float32 products (float64 for a float64 model) and added in float64.
     Gradients of "sketch", "ghost" and "exact" are those of a plain backward, bit by bit; "segmented" forms the weight
@@ -70,10 +80,14 @@ class ModelGap:
         lm_head: the module that makes the logits; by default ``model.get_output_embeddings()`` or what is called
             ``lm_head``.
         sketch_size, seed: k and the seed of the hash, for "sketch".
-        direction: {parameter or its name: tensor of its shape}, the update whose alignment with each gap is wanted.
+        direction: {parameter or its name: plain tensor of its whole shape}, the update whose alignment with each gap is
+            wanted.
         group: the ranks whose responses are measured together (``torch.distributed.group.WORLD``, say), all with the
             same model and options; None for this rank's own. A model under ``fully_shard`` needs it, to be all ranks of
-            its mesh. What is raised on one rank is raised on all, but for errors in the context.
+            its (data-parallel) mesh. Ranks that share layers do not belong to it: these are found. What is raised on
+            one rank is raised on all, but for errors in the context.
+        vocabulary: which rows of the lm_head this rank holds, where the loop itself spreads them over ranks and makes
+            its loss of the ranks' logits (and sums the gradients of the hidden states).
 
     Raises:
         ValueError, TypeError, RuntimeError: before anything is replaced, if the model cannot be measured; in a forward
@@ -82,51 +96,20 @@ class ModelGap:
 
     def __init__(self, model: nn.Module, rollouts: Rollouts, method: str = "segmented", *, length_norm: bool = True,
                  temperature: float = 1.0, lm_head: nn.Module | None = None, sketch_size: int = 32, seed: int = 0,
-                 direction: dict | None = None, group: dist.ProcessGroup | None = None) -> None:
-        with parallel.refusals_told(group):
-            self._check(model, rollouts, method, length_norm, temperature, lm_head, sketch_size, seed, direction)
-            attach.check_group(self._parameters, group)
-        self._ranks = None if group is None else self._join(group)
+                 direction: dict | None = None, group: dist.ProcessGroup | None = None,
+                 vocabulary: VocabularyShard | None = None) -> None:
+        given = Arguments(model, rollouts, method, length_norm, temperature, lm_head, sketch_size, seed, direction,
+                          group, vocabulary)
+        self._ranks = given.validate()
+        self.model, self.rollouts, self.method = given.model, given.rollouts, given.method
+        self.length_norm, self.temperature = given.length_norm, given.temperature
+        self._given, self._parameters, self._spread = given, given.parameters, given.spread
         self._state = "new"
         self._reasons: dict[str, str] = {}
         self._norm_sq: dict[str, torch.Tensor] = {}
         self._probe_norm_sq: dict[str, torch.Tensor] = {}
+        self._partial_gradients: dict[str, torch.Tensor] = {}
         self._result: ModelGapResult | None = None
-
-    def _check(self, model, rollouts, method, length_norm, temperature, lm_head, sketch_size, seed, direction) -> None:
-        self._in_ddp, model = attach.unwrapped(model) is not model, attach.unwrapped(model)
-        attach.reshard(model)
-        attach.check_model(model)
-        if not isinstance(rollouts, Rollouts):
-            raise TypeError(f"rollouts must be rlvr_fast.Rollouts, got {type(rollouts).__name__}")
-        if rollouts.n_responses == 0:
-            raise ValueError("rollouts must hold at least one response, got none")
-        device = next(model.parameters()).device
-        if rollouts.device != device:
-            raise ValueError(f"rollouts must be on {device}, where the model is, got {rollouts.device}")
-        self.method = check.choice("method", method, METHODS)
-        self.length_norm = check.flag("length_norm", length_norm)
-        self.temperature = check.positive("temperature", temperature)
-        if isinstance(sketch_size, bool) or not isinstance(sketch_size, int) or sketch_size < 2:
-            raise ValueError(f"sketch_size must be an int of at least 2, got {check.describe(sketch_size)}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an int, got {check.describe(seed)}")
-        self.model, self.rollouts = model, rollouts
-        self._sketch_size, self._seed = sketch_size, seed
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._lm_head = attach.find_lm_head(model, lm_head)
-        self._direction = attach.check_direction(direction, self._parameters)
-        if method == "exact" and (self._in_ddp or any(map(attach.is_sharded, self._parameters.values()))):
-            raise ValueError("method 'exact' runs a backward per response, each of which DistributedDataParallel or "
-                             "fully_shard would take for the step's: pass another method, or a model without them")
-
-    def _join(self, group: dist.ProcessGroup) -> parallel.Ranks:
-        columns = None
-        if self.method == "sketch":
-            columns = {name: sketch_columns(p.shape, self._sketch_size) for name, p in self._parameters.items()}
-        options = f"{self.method} size {self._sketch_size} seed {self._seed}, length_norm {self.length_norm}"
-        return parallel.Ranks(group, self.rollouts, self._parameters, columns=columns, directed=self._direction,
-                              options=options)
 
     # -- the context --------------------------------------------------------------------------------------------------
 
@@ -135,29 +118,25 @@ class ModelGap:
             raise RuntimeError("a ModelGap measures one step: make a new one")
         attach.reshard(self.model)
         attach.check_model(self.model)
-        self._recording = Recording(self.rollouts, self.method, self._new_collector(), self._lm_head, self.temperature)
+        for name, parameter in self.model.named_parameters():
+            if parameter is not self._parameters.get(name, parameter):
+                raise RuntimeError(f"{name} is another parameter than when the ModelGap was made: make it last")
+        given = self._given
+        self._recording = Recording(self.rollouts, self.method, given.new_collector(), given.lm_head, self.temperature)
         sites = []
         if self.method != "exact":
             names = {id(p): name for name, p in self._parameters.items()}
-            sites, self._reasons = attach.find_sites(self._recording, self.model, names, self._lm_head)
+            sites, self._reasons = attach.find_sites(self._recording, self.model, names, given.lm_head, self._spread)
             if not {name for site in sites for name in site.parameters.values()} - self._reasons.keys():
                 raise ValueError(f"model has no trainable parameter that can be tracked: {self._reasons}")
         tracked = {name: self._parameters[name] for site in sites for name in site.parameters.values()}
-        self._recording.witness = Witness(tracked, self.rollouts)
+        self._recording.witness = (Witness(tracked, self.rollouts) if self._spread is None else
+                                   ShardWitness(tracked, self.rollouts, self._spread))
         self._replaced = [attach.Replacement(site.module, site.forward) for site in sites]
         whole, run = self.model.forward, self._recording.run_model
         self._replaced.append(attach.Replacement(self.model, lambda *args, **kwargs: run(whole, args, kwargs)))
         self._state = "open"
         return self
-
-    def _new_collector(self) -> GramCollector | SketchCollector | ExactCollector:
-        shapes = {name: p.shape for name, p in self._parameters.items()}
-        if self.method == "exact":
-            return ExactCollector(self.rollouts, self._direction)
-        if self.method == "sketch":
-            return SketchCollector(self.rollouts, shapes, k=self._sketch_size, seed=self._seed,
-                                   direction=self._direction)
-        return GramCollector(self.rollouts, shapes, ghost=self.method == "ghost", direction=self._direction)
 
     def __exit__(self, kind, error, traceback) -> None:
         for replaced in reversed(self._replaced):
@@ -167,7 +146,12 @@ class ModelGap:
         self._state = "closed" if kind is None else "failed"
         if kind is None:
             self._recording.flush()
-            self._norm_sq = self._gradient_norms() or self._probe_norm_sq
+            gradients = self._gradients()
+            if self._spread is not None:
+                self._partial_gradients = {name: self._spread.local_gradient(name, self._parameters[name], g).clone()
+                                           for name, g in gradients.items() if self._spread.is_partial(g)}
+            whole = {name: g for name, g in gradients.items() if name not in self._partial_gradients}
+            self._norm_sq = attach.gradient_norm_sq(whole) or self._probe_norm_sq
 
     @contextmanager
     def micro_batch(self, responses: Sequence[int] | None = None, *, input_ids: torch.Tensor | None = None,
@@ -229,7 +213,7 @@ class ModelGap:
 
     def _probe_norms(self, total: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the probe backward; squared norms of its gradients."""
-        if self._in_ddp:  # where a gradient that is accumulated counts as the step's
+        if self._given.in_ddp:  # where a gradient that is accumulated counts as the step's
             gradients = torch.autograd.grad(total, list(self._parameters.values()), retain_graph=True,
                                             allow_unused=True)
             return attach.gradient_norm_sq({name: gradient for name, gradient in zip(self._parameters, gradients,
@@ -237,7 +221,7 @@ class ModelGap:
                                             if gradient is not None})
         with isolated_gradients(self._parameters):
             total.backward(retain_graph=True)
-            return self._gradient_norms()
+            return attach.gradient_norm_sq(self._gradients())
 
     # -- results ------------------------------------------------------------------------------------------------------
 
@@ -270,17 +254,22 @@ class ModelGap:
         return result.build(
             own.rollouts, method=self.method, source=own.source, length_norm=self.length_norm,
             coefficients=own.coefficients, coverage=Coverage(tuple(own.tables), own.reasons, own.norm_sq), **tables,
-            dots=own.dots, direction=bool(self._direction))
+            dots=own.dots, direction=bool(self._given.direction))
 
     def _collected(self) -> Collected:
         if self._state != "closed":
             raise RuntimeError({"new": "gap() comes after the training step: with probe: ...",
                                 "open": "gap() comes after the with block",
                                 "failed": "the with block ended in an error, nothing was measured"}[self._state])
-        return Collected.of(self._recording, list(self._parameters), self._reasons, self._norm_sq)
+        join = None
+        if self._spread is not None:
+            join = Join(self._spread, self.rollouts, self._parameters, self._given.columns,
+                        list(self._given.direction), self._recording.forwards)
+        return Collected.of(self._recording, list(self._parameters), self._reasons, self._norm_sq,
+                            gradients=self._partial_gradients, join=join)
 
-    def _gradient_norms(self) -> dict[str, torch.Tensor]:
-        return attach.gradient_norm_sq({name: p.grad for name, p in self._parameters.items() if p.grad is not None})
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        return {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
 
     def _check_open(self, what: str) -> None:
         if self._state != "open":

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from rlvr_fast.model_gap.collect import weight_gradient
 from rlvr_fast.model_gap.micro_batch import MicroBatch, Spans
 from rlvr_fast.model_gap.segmented import accumulation_dtype
+from rlvr_fast.model_gap.tensor_parallel import TensorParallel
+from rlvr_fast.model_gap.tensor_parallel_head import observe_spread_head
 
 
 class Tap(torch.autograd.Function):
@@ -37,10 +39,15 @@ class Tap(torch.autograd.Function):
 
 
 class Site:
-    """One tapped module. ``parameters`` maps its own names ("weight", "bias") to the names of tracked parameters."""
+    """One tapped module. ``parameters`` maps its own names ("weight", "bias") to the names of tracked parameters.
 
-    def __init__(self, recording, module: nn.Module, name: str, parameters: dict[str, str]) -> None:
+    ``spread``: of a model whose layers are spread over ranks; then all below is about what is here of a layer.
+    """
+
+    def __init__(self, recording, module: nn.Module, name: str, parameters: dict[str, str],
+                 spread: TensorParallel | None = None) -> None:
         self.recording, self.module, self.name, self.parameters = recording, module, name, parameters
+        self.spread = spread
         self.original = module.forward
 
     def uses(self) -> list[tuple[str, str]]:
@@ -49,6 +56,10 @@ class Site:
 
     def leading(self, seen: torch.Tensor) -> torch.Size:
         return seen.shape[:-1]
+
+    def spread_sides(self, dim: int) -> tuple[bool, bool] | None:
+        """For a weight that is spread along ``dim``: whether the input and the output are, along their last one."""
+        return None
 
     def run(self, micro_batch: MicroBatch, spans: Spans, seen: torch.Tensor) -> torch.Tensor:
         return Tap.apply(self, micro_batch, spans, self.original(seen), seen, None)
@@ -64,6 +75,12 @@ class Site:
         if place is None:
             return self.original(*args, **kwargs)
         micro_batch, spans, recomputed = place
+        if self.spread is not None:
+            reason = self.spread.admit(self, seen, spans, gram=self.recording.method != "sketch")
+            if reason is not None:
+                for name in self.parameters.values():
+                    self.recording.skipped.setdefault(name, f"{type(self.module).__name__}: {reason}")
+                return self.original(*args, **kwargs)
         if not recomputed:
             micro_batch.calls.update(self.uses())
             self.called(micro_batch, spans, seen)
@@ -75,11 +92,19 @@ class Site:
     def arrive(self, micro_batch, spans, seen, gradient, wanted) -> torch.Tensor | None:
         """A backward came through; returns the gradient of the module's weight when it is wanted."""
         captured = self.recording.captures(self, micro_batch)
+        leading = seen.shape[:-1]
+        if self.spread is not None:
+            seen, gradient, spans = self.spread.local(self, seen, gradient, spans)
         if captured:
             micro_batch.arrived.update(self.uses())
-            self.recording.observe_head(self, micro_batch, spans, seen, gradient)
+            if self.spread is None:
+                self.recording.observe_head(self, micro_batch, spans, seen, gradient)
+            else:
+                observe_spread_head(self, micro_batch, leading, spans, seen, gradient)
         result = None
         for kind, parameter, *tensors in self.contributions(seen, gradient):
+            if self.spread is not None:
+                kind = self.spread.kind_of(parameter, kind)
             getattr(self.recording.witness, kind)(parameter, *tensors)
             for tensor in (seen, gradient):
                 self.recording.witness.rounded(parameter, tensor.dtype)
@@ -88,7 +113,11 @@ class Site:
                 result = getattr(self.recording.collector, kind)(parameter, micro_batch, *tensors, spans, *extra)
             elif wanted and kind == "outer":
                 result = weight_gradient(*tensors)
-        return result.to(self.module.weight.dtype) if wanted else None
+        if not wanted:
+            return None
+        result = result.to(self.module.weight.dtype)
+        return result if self.spread is None else self.spread.as_parameter(result, self.module.weight)
+
 
 class LinearSite(Site):
     """nn.Linear. With method "segmented" its weight's gradient is formed here, response by response."""
@@ -96,6 +125,9 @@ class LinearSite(Site):
     @property
     def fused(self) -> bool:
         return self.recording.method == "segmented" and "weight" in self.parameters
+
+    def spread_sides(self, dim):
+        return (False, True) if dim == 0 else (True, False)
 
     def uses(self):
         kinds = {"weight": "outer", "bias": "vector"}
@@ -126,13 +158,23 @@ class EmbeddingSite(Site):
     def leading(self, seen):
         return seen.shape
 
+    def spread_sides(self, dim):
+        return False, dim == 1
+
     def called(self, micro_batch, spans, seen):
-        micro_batch.embedding_ids.setdefault(self.parameters["weight"], []).append((seen.detach().reshape(-1), spans))
+        ids = seen.detach()
+        if self.spread is not None:
+            ids, _, spans = self.spread.local(self, ids, None, spans)
+            ids, _ = self.spread.local_rows(self.parameters["weight"], self.module.weight, ids)
+        micro_batch.embedding_ids.setdefault(self.parameters["weight"], []).append((ids.reshape(-1), spans))
 
     def contributions(self, seen, gradient):
         ids, b = seen.reshape(-1), gradient.reshape(-1, gradient.shape[-1])
         if self.module.padding_idx is not None:
             b = b * (ids != self.module.padding_idx)[:, None]
+        if self.spread is not None:
+            ids, here = self.spread.local_rows(self.parameters["weight"], self.module.weight, ids)
+            b = b if here is None else b * here[:, None]
         yield "rows", self.parameters["weight"], ids, b
 
 
@@ -150,15 +192,18 @@ class ScaleSite(Site):
 
 def scale_slope(module: nn.Module, forward, x: torch.Tensor) -> torch.Tensor:
     """∂ output / ∂ weight of an elementwise affine module at ``x``: output(weight = 1) − output(weight = 0)."""
-    weight = module.weight
+    before = dict(module._parameters)
     x = x.to(accumulation_dtype(x.dtype))
     results = []
-    for value in (1.0, 0.0):
-        module._parameters["weight"] = torch.full_like(weight, value, dtype=x.dtype)
-        try:
+    try:
+        for value in (1.0, 0.0):
+            for name, own in before.items():
+                if own is not None:  # plain and whole, also where the module's are not
+                    module._parameters[name] = torch.full(own.shape, value if name == "weight" else 0.0, dtype=x.dtype,
+                                                          device=x.device)
             results.append(forward(x))
-        finally:
-            module._parameters["weight"] = weight
+    finally:
+        module._parameters.update(before)
     return results[0] - results[1]
 
 

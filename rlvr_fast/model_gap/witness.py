@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from rlvr_fast.model_gap import native
 from rlvr_fast.rollouts import Rollouts
 
 N_ENTRIES = 8
@@ -60,7 +61,10 @@ class Witness:
 
     def outer(self, name: str, b: torch.Tensor, a: torch.Tensor) -> None:
         rows, columns = self.entries[name]
-        self._account(name, b[:, rows].double() * a[:, columns].double())
+        if native.serves(a, b):
+            native.outer_entries(b, a, rows, columns, self.seen[name], self.size[name])
+        else:
+            self._account(name, b[:, rows].double() * a[:, columns].double())
 
     def rows(self, name: str, ids: torch.Tensor, b: torch.Tensor) -> None:
         rows, columns = self.entries[name]
