@@ -16,7 +16,7 @@ from rlvr_fast.simulate.runs import fixed_rate
 from rlvr_fast.simulate.scaling import EXPECTED, REFINED, THEOREM, TOKEN, slope
 from rlvr_fast.simulate.stagnation import RATES, TASK, THETA, settled
 
-EXPERIMENTS = ("threshold", "collapse", "scaling", "stagnation", "coverage")
+EXPERIMENTS = ("threshold", "collapse", "scaling", "stagnation", "coverage", "step_meter")
 
 
 @cache
@@ -106,6 +106,37 @@ def test_coverage_study_finds_what_holds_and_what_does_not():
         for by_floor in cell["verdicts"].values():
             for shares in by_floor.values():
                 assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_a_class_floor_takes_wrong_verdicts_away():
+    blind = report("coverage").numbers["cells"]["almost one, 32 x 128"]["verdicts"]["1.2"]
+    assert blind["0"].get("wrong", 0) > 0
+    assert blind["30"].get("wrong", 0) == 0
+
+
+def test_the_meter_finds_the_break_even_from_the_end_of_a_step():
+    cells = report("step_meter").numbers["cells"]
+    for fraction in ("0.3", "1.2"):
+        cell = cells[f"middle, {fraction}"]
+        assert cell["break-even"]["meter"]["median"] == pytest.approx(1, abs=0.2)
+        assert cell["peak"]["meter"]["median"] == pytest.approx(1, abs=0.2)
+        assert cell["break-even"]["meter"]["coverage"] >= 0.75  # of four draws
+        for found in (*cell["break-even"].values(), *cell["peak"].values()):
+            assert 0 <= found["given"] <= 1
+    for cell in (cells["bandit, 0.3"], cells["bandit, 1.2"]):  # in sample the break-even is farther, or never found
+        assert cell["break-even"]["scan, in sample"]["median"] >= cell["break-even"]["scan, held out"]["median"]
+
+
+def test_a_bandit_step_has_its_peak_before_its_break_even():
+    from rlvr_fast.simulate import lines, step_meter
+
+    step = step_meter.step_of("bandit", 0.5, seed=0)
+    assert step.break_even == 2
+    assert 0 < step.peak < 2
+    at = torch.tensor([step.peak - 0.05, step.peak, step.peak + 0.05, 1.99, 2.01], dtype=torch.float64)
+    gains = lines.gain(step.problem, step.theta, step.update, at)
+    assert gains[1] > max(gains[0], gains[2])
+    assert gains[3] > 0 > gains[4]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -185,11 +185,11 @@ def test_vouched_step_is_inside_the_true_break_even():
 
 
 @pytest.mark.parametrize("theta", [0.06, 0.12])
-def test_estimator_a_is_measure_step(theta):
+def test_the_cross_fitted_control_variate_is_measure_step(theta):
     task, at = SignTask(16, (2, 10)), theta_of(theta)
     update = theta_of(-2.4 * theta)
     batch = sample(task, at, 32, 16, torch.Generator().manual_seed(1))
-    found = ratio_gains(task, at, update, batch)["A"]
+    found = ratio_gains(task, at, update, batch)["B + βZ"]
     step = rf.measure_step(task.logp(at, batch), task.logp(at + update, batch), batch.rollouts, in_sample=False)
     assert found.value == pytest.approx(step.success_gain.item(), rel=1e-9)
     assert found.stderr == pytest.approx(step.success_gain_stderr.item(), rel=1e-9)
@@ -197,7 +197,7 @@ def test_estimator_a_is_measure_step(theta):
 
 @pytest.mark.parametrize("margins", [(2,), (10,)])
 def test_control_variate_is_no_worse_than_either_part(margins):
-    """Root mean square over 60 draws; 10 % room for the sampling of β and of the draws."""
+    """Root mean square over 60 draws; 20 % room for the sampling of β and of the draws."""
     task, theta = SignTask(16, margins), theta_of(0.12)
     update = theta_of(-0.2)
     truth = (lines.success(task, theta + update) - lines.success(task, theta)).item()
@@ -206,7 +206,7 @@ def test_control_variate_is_no_worse_than_either_part(margins):
         batch = sample(task, theta, 16, 64, torch.Generator().manual_seed(seed))
         for name, estimate in ratio_gains(task, theta, update, batch).items():
             errors[name] += (estimate.value - truth) ** 2
-    assert errors["B + βZ"] < 1.1 ** 2 * min(errors["A"], errors["B"])
+    assert errors["B + βZ"] < 1.2 ** 2 * min(errors["A"], errors["B"])
 
 
 def test_two_ended_slopes():

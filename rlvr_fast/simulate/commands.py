@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Reproduce the step-size theory on problems whose truth is known exactly.")
+                  help="Reproduce the theory on problems whose truth is known exactly.")
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for NAME.png and NAME.json; made if missing.")]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Independent repetitions; each experiment has its default.")]
@@ -56,3 +56,21 @@ def stagnation(output: Output, seeds: Seeds = None, quick: Quick = False) -> Non
 def coverage(output: Output, seeds: Seeds = None, quick: Quick = False) -> None:
     """Bias, spread and interval coverage of the sampled figures, and how often the verdict is right."""
     _run("coverage", output, seeds, quick)
+
+
+@app.command()
+def step_meter(output: Output, seeds: Seeds = None, quick: Quick = False) -> None:
+    """Which estimator finds peak and break-even of a training step from 64 prompts x 8 rollouts."""
+    _run("step_meter", output, seeds, quick)
+
+
+@app.command()
+def relay(output: Output, seeds: Seeds = None, quick: Quick = False) -> None:
+    """Mixtures of horizons: success, gap and share of the gradient per level, and who wakes whom."""
+    _run("relay", output, seeds, quick)
+
+
+@app.command()
+def plateau(output: Output, seeds: Seeds = None, quick: Quick = False) -> None:
+    """How long a harder level waits for its turn, against the difficulty ratio and the size of the group."""
+    _run("relay.plateau", output, seeds, quick)

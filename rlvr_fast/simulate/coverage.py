@@ -30,7 +30,7 @@ GROUP_SIZES, PROMPT_COUNTS, PROMPTS = (8, 32, 128, 512, 1024), (4, 16, 64), 32
 STEPS = {0.3: "safe", 0.8: "near", 1.2: "overshoot"}  # proposed steps in break-evens, and the true verdict
 SCANNED = tuple(sorted({round(f * m, 6) for f in STEPS for m in (0.5, 1, 2)} | {1.0}))
 SHORT = 0.02  # step of the two-sided differences, in break-evens
-CLASS_FLOORS = (0, 10, 30, 100)  # 0: the verdict as it is
+CLASS_FLOORS = (0, 10, 30, 100)  # 30: the verdict as it is
 RESPONSES_PER_CELL = 300_000
 
 
@@ -69,7 +69,9 @@ def truth(regime: str) -> dict[str, float]:
     gains = gain(task, theta, update, torch.tensor(list(STEPS), dtype=torch.float64))
     return {"success": float(success(task, theta)), "success_slope": slope, "success_curvature": second,
             "success_peak": -slope / second if second < 0 else math.nan, "break_even": 1.0,
-            **{f"success_gain {f:g}": float(g) for f, g in zip(STEPS, gains, strict=True)}}
+            **{f"success_gain {f:g}": float(g) for f, g in zip(STEPS, gains, strict=True)},
+            **{f"success_log_odds_gain {f:g}": float(success(task, theta + f * update).logit()
+                                                     - success(task, theta).logit()) for f in STEPS}}
 
 
 @cache
@@ -86,15 +88,18 @@ def cell(regime: str, n_prompts: int, group_size: int, seeds: int) -> dict:
     """All figures of one regime at one sample size, over replicates."""
     n = min(seeds, max(12, RESPONSES_PER_CELL // (n_prompts * group_size)))
     values, verdicts = defaultdict(list), {(f, floor): defaultdict(int) for f in STEPS for floor in CLASS_FLOORS}
+    reasons = {f: defaultdict(int) for f in STEPS}
     for seed in range(n):
-        replicate(regime, n_prompts, group_size, seed, values, verdicts)
+        replicate(regime, n_prompts, group_size, seed, values, verdicts, reasons)
     figures = {name: judge(*map(torch.tensor, zip(*rows, strict=True))) for name, rows in values.items()}
     return {"regime": regime, "n_prompts": n_prompts, "group_size": group_size, "n": n, "figures": figures,
             "verdicts": {f"{f:g}": {str(floor): {word: count / n for word, count in verdicts[f, floor].items()}
-                                    for floor in CLASS_FLOORS} for f in STEPS}}
+                                    for floor in CLASS_FLOORS} for f in STEPS},
+            "reasons": {f"{f:g}": {why: count / n for why, count in reasons[f].items()} for f in STEPS}}
 
 
-def replicate(regime: str, n_prompts: int, group_size: int, seed: int, values: dict, verdicts: dict) -> None:
+def replicate(regime: str, n_prompts: int, group_size: int, seed: int, values: dict, verdicts: dict,
+              reasons: dict) -> None:
     """Append (estimate, stated standard error, truth) of every figure from one draw of rollouts."""
     task, theta, update = problem_of(regime)
     true, generator = truth(regime), torch.Generator().manual_seed(seed)
@@ -115,15 +120,17 @@ def replicate(regime: str, n_prompts: int, group_size: int, seed: int, values: d
     start = Estimate(float(short.success_slope) / SHORT, float(short.success_slope_stderr) / SHORT)
     for f, correct in STEPS.items():
         step = measured[f]
-        values[f"success_gain {f:g}"].append((float(step.success_gain), float(step.success_gain_stderr),
-                                              true[f"success_gain {f:g}"]))
+        for name in ("success_gain", "success_log_odds_gain"):
+            values[f"{name} {f:g}"].append((float(getattr(step, name)), float(getattr(step, f"{name}_stderr")),
+                                            true[f"{name} {f:g}"]))
         values[f"ess_fraction {f:g}"].append((float(step.ess_fraction), math.nan, math.exp(-ratio_variance(regime, f))))
         per_prompt[f"log_odds_gain {f:g}"] = step.log_odds_gain, step.stderr
-        at_three = StepCurve((0.5, 1.0, 2.0), tuple(measured[round(f * m, 6)] for m in (0.5, 1, 2)), curve.z, 2.0,
-                             curve.ess_floor)
-        scarcer = float(torch.stack([step.ess_correct.sum(), step.ess_incorrect.sum()]).min())
         for floor in CLASS_FLOORS:
-            verdicts[f, floor][outcome(at_three.verdict if scarcer >= floor else "undetermined", correct)] += 1
+            at_three = StepCurve((0.5, 1.0, 2.0), tuple(measured[round(f * m, 6)] for m in (0.5, 1, 2)), curve.z, 2.0,
+                                 curve.ess_floor, floor)
+            verdicts[f, floor][outcome(at_three.verdict, correct)] += 1
+            if floor == curve.class_floor:
+                reasons[f][at_three.reason or "determined"] += 1
 
         alternatives = ratio_gains(task, theta, f * update, batch)
         fresh = sample(task, theta + f * update, n_prompts, group_size, generator)
@@ -146,11 +153,7 @@ def ratio_variance(regime: str, fraction: float) -> float:
 
 
 def outcome(said: str, correct: str) -> str:
-    """right; cautious: a safe step called near; wrong: a false claim; undetermined.
-
-    The verdicts are also counted with a floor on the effective sample of the scarcer class, summed over prompts:
-    below it, "undetermined".
-    """
+    """right; cautious: a safe step called near; wrong: a false claim; undetermined."""
     if said in (correct, "undetermined"):
         return "right" if said == correct else said
     return "cautious" if (said, correct) == ("near", "safe") else "wrong"

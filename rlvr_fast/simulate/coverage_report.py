@@ -5,12 +5,14 @@ from __future__ import annotations
 from rlvr_fast.simulate.output import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, label, panels, table
 
 COLOURS = {"hard": BLUE, "middle": BLACK, "easy": SKY, "near one": ORANGE, "almost one": RED, "far": PINK}
-GAINS = {"A": (BLACK, "measure_step: covariance"), "B": (SKY, "mean of r(ρ − 1)"),
-         "B + βZ": (BLUE, "control variate B + βZ"), "two-ended": (ORANGE, "two-ended slopes")}
+GAINS = {"A": (BLACK, "A: covariance with the reward"), "B": (SKY, "B: mean of r(ρ − 1)"),
+         "B + βZ": (BLUE, "measure_step: B + βZ, β cross-fitted"), "two-ended": (ORANGE, "two-ended slopes")}
 OUTCOMES = {"right": GREEN, "cautious": SKY, "undetermined": YELLOW, "wrong": RED}
 INTERVALS = {"success_slope": "J′", "success_curvature": "J″", "success_peak": "peak", "success_gain 0.3": "gain 0.3",
              "success_gain 0.8": "gain 0.8", "success_gain 1.2": "gain 1.2", "alignment": "Δμ", "curvature": "f″",
-             "log_odds_gain 0.3": "f 0.3", "log_odds_gain 1.2": "f 1.2"}
+             "log_odds_gain 0.3": "f 0.3", "log_odds_gain 1.2": "f 1.2",
+             "success_log_odds_gain 0.3": "logit J 0.3", "success_log_odds_gain 1.2": "logit J 1.2"}
+REASONS = ("determined", "within error", "sample gone", "scarce class", "mean ratio")
 
 
 def tables(numbers: dict) -> list:
@@ -28,9 +30,11 @@ def tables(numbers: dict) -> list:
         cell["figures"][f"{estimator} {step}"] for estimator in GAINS))] for name, cell in cells.items()]
         for step in ("0.3", "0.8", "1.2")}
     said = [[samples[name], *(" / ".join(f"{counts.get(word, 0):.2f}" for word in OUTCOMES)
-                              for step in ("0.3", "0.8", "1.2") for counts in [cell["verdicts"][step]["0"]]),
+                              for step in ("0.3", "0.8", "1.2") for counts in [cell["verdicts"][step]["30"]]),
              *(f"{max(cell['verdicts'][step][floor].get('wrong', 0) for step in ('0.3', '0.8', '1.2')):.2f}"
-               for floor in ("10", "30", "100"))] for name, cell in cells.items()]
+               for floor in ("0", "10", "100"))] for name, cell in cells.items()]
+    why = [[samples[name], *(" / ".join(f"{cell['reasons'][step].get(word, 0):.2f}" for word in REASONS)
+                             for step in ("0.3", "0.8", "1.2"))] for name, cell in cells.items()]
     first = "cell (replicates)"
     return [
         table("Coverage of the stated 95 % intervals; cells are regime, prompts x rollouts; f is the log-odds",
@@ -40,8 +44,9 @@ def tables(numbers: dict) -> list:
               [first, "scan_step", "quadratic", "two-ended after 0.8", "share", "exact share"], ahead),
         *(table(f"Gain of a step of {step} break-evens: rms error over the truth / coverage / significant, wrong sign",
                 [first, *GAINS], rows) for step, rows in gains.items()),
-        table("Verdicts right / cautious / undetermined / wrong by step; worst wrong share with a class floor",
-              [first, "0.3", "0.8", "1.2", "floor 10", "floor 30", "floor 100"], said)]
+        table("Verdicts right / cautious / undetermined / wrong by step; worst wrong share with other class floors",
+              [first, "0.3", "0.8", "1.2", "no floor", "floor 10", "floor 100"], said),
+        table(" / ".join(REASONS), [first, "0.3", "0.8", "1.2"], why)]
 
 
 def _band(figure: dict) -> str:
@@ -88,7 +93,7 @@ def _verdicts(axis, cells: list, regimes: list) -> None:
         for cell in (c for c in cells if c["regime"] == regime):
             bottom = 0.0
             for word, colour in OUTCOMES.items():
-                share = cell["verdicts"]["1.2"]["0"].get(word, 0)
+                share = cell["verdicts"]["1.2"]["30"].get(word, 0)
                 axis.bar(position, share, bottom=bottom, color=colour, label=word if not position else None)
                 bottom += share
             ticks.append((position, f"{regime} {cell['group_size']}"))

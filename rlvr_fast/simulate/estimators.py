@@ -1,12 +1,12 @@
-"""Estimators of the gain in success rate, studied beside the one that ``measure_step`` uses.
+"""Estimators of the gain in success rate: the parts of the one that ``measure_step`` uses, and one without ratios.
 
 With ρ_i the ratio of a response and r_i its reward, per prompt:
 
-    A   mean of G/(G − 1)·(r_i − r̄)(ρ_i − 1)   ``measure_step``'s; near J = 1 it rests on the few failures drawn
+    A   mean of G/(G − 1)·(r_i − r̄)(ρ_i − 1)   near J = 1 it rests on the few failures drawn
     B   mean of r_i(ρ_i − 1)                    rests on the correct responses alone
 
 Both are unbiased on policy, so Z = A − B has mean 0 and B + βZ is unbiased for any constant β; β = −Cov(B, Z)/Var(Z)
-has the least variance (a control variate). [derived]
+has the least variance (a control variate). ``measure_step`` takes each prompt's β from the other prompts. [derived]
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Estimate(NamedTuple):
 def ratio_gains(problem: Problem, theta: Tensor, update: Tensor, batch: Batch) -> dict[str, Estimate]:
     """The gain of θ → θ + update by A, B and B + βZ, all with standard errors over prompts.
 
-    Groups must be of one size. β is taken from the deviations within prompts, pooled, so that differences between
-    prompts in the true gain do not count as noise to be removed.
+    Groups must be of one size. β is taken from the deviations within the other prompts, pooled, so that differences
+    between prompts in the true gain do not count as noise to be removed.
     """
     rollouts = batch.rollouts
     change = problem.logp(theta + update, batch) - problem.logp(theta, batch)
@@ -43,8 +43,8 @@ def ratio_gains(problem: Problem, theta: Tensor, update: Tensor, batch: Batch) -
     b = reward * (ratio - 1)
     z = a - b
     within_b, within_z = (x - x.mean(1, keepdim=True) for x in (b, z))
-    spread = within_z.square().sum()
-    beta = torch.where(spread > 0, -(within_b * within_z).sum() / spread, 0.0)
+    shared, spread = ((within_z * x).sum(1) for x in (within_b, within_z))
+    beta = (-(shared.sum() - shared) / (spread.sum() - spread)).clamp(0, 1).nan_to_num(1.0)[:, None]
     return {name: _over_prompts(x.mean(1)) for name, x in {"A": a, "B": b, "B + βZ": b + beta * z}.items()}
 
 
