@@ -15,8 +15,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-PACKAGES = ["rlvr_fast", "rlvr_fast.backends", "rlvr_fast.kernels", "rlvr_fast.model_gap", "rlvr_fast.profile",
-            "rlvr_fast.simulate"]
+PACKAGES = ["rlvr_fast", "rlvr_fast.analyze", "rlvr_fast.backends", "rlvr_fast.integrations", "rlvr_fast.kernels",
+            "rlvr_fast.model_gap", "rlvr_fast.monitor", "rlvr_fast.profile", "rlvr_fast.simulate",
+            "rlvr_fast.simulate.relay"]
 
 
 HEADERS = ["dtype", "elements", "fold", "fold_kernel", "head_pass", "head_pass_kernel", "kernels_system", "lanes",

@@ -2,15 +2,21 @@
 
 from rlvr_fast.advantages import advantages, advantages_and_weights, loss_weights
 from rlvr_fast.backends import available as available_backends
+from rlvr_fast.directional_scores import DirectionalScores, directional_scores
 from rlvr_fast.gap import Gap, gap_from_gradients, gradient_gap
 from rlvr_fast.kappa import kappa, population_kappa, recover_from_advantages
 from rlvr_fast.linear_logprob import linear_logprob
 from rlvr_fast.model_gap import ModelGap, ModelGapResult
 from rlvr_fast.model_gap.direction import StepRecorder, adam_direction, propose
 from rlvr_fast.moments import Moments, ResponseGradients, Responses
+from rlvr_fast.monitor import GapMonitor
 from rlvr_fast.rollouts import Rollouts
 from rlvr_fast.step_bounds import theorem_step_bound, token_step_bound
-from rlvr_fast.step_scan import StepCurve, scan_step
+from rlvr_fast.step_curve import StepCurve, crossing
+from rlvr_fast.step_guard import StepGuard, StepWarning
+from rlvr_fast.step_meter import StepMeter
+from rlvr_fast.step_reading import StepReading
+from rlvr_fast.step_scan import scan_step
 from rlvr_fast.step_size import StepMeasure, measure_step
 from rlvr_fast.token_stats import TokenStats, token_stats, token_stats_from_logits, token_stats_from_logprobs
 from rlvr_fast.tuned_tiles import load_tiles
@@ -18,7 +24,9 @@ from rlvr_fast.vocabulary_parallel import VocabularyShard
 from rlvr_fast.warm_up import WarmUpReport, warm_up
 
 __all__ = [
+    "DirectionalScores",
     "Gap",
+    "GapMonitor",
     "ModelGap",
     "ModelGapResult",
     "Moments",
@@ -26,8 +34,12 @@ __all__ = [
     "Responses",
     "Rollouts",
     "StepCurve",
+    "StepGuard",
     "StepMeasure",
+    "StepMeter",
+    "StepReading",
     "StepRecorder",
+    "StepWarning",
     "TokenStats",
     "VocabularyShard",
     "WarmUpReport",
@@ -35,6 +47,8 @@ __all__ = [
     "advantages",
     "advantages_and_weights",
     "available_backends",
+    "crossing",
+    "directional_scores",
     "gap_from_gradients",
     "gradient_gap",
     "kappa",

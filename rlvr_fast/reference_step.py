@@ -17,9 +17,9 @@ import torch
 Tensor = torch.Tensor
 
 __all__ = [
-    "class_jackknife", "effective_sample_size", "jackknife", "log_odds_gain", "log_ratios", "step_alignment",
-    "step_break_even", "step_curvature", "step_peak", "success_curvature", "success_gain", "success_slope",
-    "theorem_step_bound", "token_step_bound",
+    "class_jackknife", "controlled_gains", "effective_sample_size", "jackknife", "log_odds_gain", "log_ratios",
+    "step_alignment", "step_break_even", "step_curvature", "step_peak", "success_curvature", "success_gain",
+    "success_log_odds_gain", "success_slope", "theorem_step_bound", "token_step_bound",
 ]
 
 
@@ -108,6 +108,35 @@ def reward_covariance(x: Tensor, correct: Tensor) -> Tensor:
 def success_gain(l: Tensor, correct: Tensor) -> Tensor:
     """J(after) − J(before) = E[ρ r] − E[ρ] E[r], as E[ρ] = 1. [derived]"""
     return reward_covariance(l.double().exp(), correct)
+
+
+def controlled_gains(groups: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """[P] B + βZ of each prompt, from its (ℓ, correct); groups of two responses or more. [derived]
+
+    B = mean of r(ρ − 1), A = Σ(r − r̄)(ρ − 1)/(G − 1), Z = A − B, which has mean 0 as E[ρ] = 1. β = −Cov(B, Z)/Var(Z),
+    covariances of the means as estimated within each of the other prompts, kept in [0, 1]; 1 where these have no Z.
+    """
+    b, z, covariance = [], [], []
+    for l, correct in groups:
+        size, reward, change = len(l), correct.double(), l.double().exp() - 1
+        b_i = reward * change
+        z_i = size / (size - 1) * (reward - reward.mean()) * change - b_i
+        b.append(b_i.mean())
+        z.append(z_i.mean())
+        covariance.append(torch.cov(torch.stack([b_i, z_i])) / size)
+    gains = []
+    for p in range(len(groups)):
+        others = sum((covariance[q] for q in range(len(groups)) if q != p), torch.zeros(2, 2, dtype=torch.float64))
+        beta = (-others[0, 1] / others[1, 1]).clamp(0, 1) if others[1, 1] > 0 else 1.0
+        gains.append(b[p] + beta * z[p])
+    return torch.stack(gains)
+
+
+def success_log_odds_gain(rates: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+    """logit(r̄ + ḡ) − logit(r̄) of the batch, and its standard error over prompts by the delta method: [P], [P]."""
+    before, after = rates.mean(), (rates + gains).mean()
+    influence = (rates + gains) / (after * (1 - after)) - rates / (before * (1 - before))
+    return after.logit() - before.logit(), influence.std() / len(rates) ** 0.5
 
 
 def success_slope(s: Tensor, correct: Tensor) -> Tensor:

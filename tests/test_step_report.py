@@ -41,6 +41,14 @@ def test_a_mismatched_sampler_is_noticed():
     assert any("mean ratio" in warning for warning in measure.warnings)
 
 
+def test_a_handful_of_failures_is_noticed():
+    policy = SignPolicy(16, 10, 0.12)
+    rollouts = policy.sample(64, 8, torch.Generator().manual_seed(0))
+    assert 0 < (~rollouts.correct).sum() < 30
+    found = measure_step(policy.logp_of(rollouts), policy.moved(0.02).logp_of(rollouts), rollouts, in_sample=False)
+    assert any("scarcer class has only" in warning for warning in found.warnings)
+
+
 def test_a_step_out_of_reach_is_noticed():
     before, after, rollouts, _ = big_batch(step=1.3)
     warnings = " ".join(measure_step(before, after, rollouts, in_sample=False).warnings)

@@ -134,6 +134,49 @@ def test_no_verdict_from_a_handful_of_responses_or_one_prompt():
     assert sampled_model(n_prompts=1, group_size=2000).scan(0.1).verdict == "undetermined"
 
 
+@pytest.mark.parametrize(("options", "reason"), [
+    ({"fraction": 1.0}, "within error"), ({"fraction": 0.1, "multiples": (0.5, 2)}, "not scanned"),
+    ({"fraction": 0.1, "ess_floor": 0.999}, "sample gone"), ({"fraction": 0.1, "class_floor": 1e6}, "scarce class"),
+    ({"fraction": 0.1, "in_sample": True}, "in-sample"), ({"fraction": 0.1}, ""), ({"fraction": 1.2}, ""),
+    ({"fraction": 0.1, "z": 1000}, "within error"),
+])
+def test_an_undetermined_verdict_has_its_reason(options, reason):
+    curve = sampled_model().scan(**options)
+    assert curve.reason == reason
+    assert (curve.verdict == "undetermined") == (reason != "")
+    assert f"undetermined ({reason})" in repr(curve) or not reason
+
+
+def test_few_prompts_and_a_foreign_sampler_are_reasons_of_their_own():
+    assert sampled_model(n_prompts=1, group_size=2000).scan(0.1).reason == "few prompts"
+    model = sampled_model()
+    assert model.scan(0.1, logp_before=model.logp().detach() - 0.25).reason == "mean ratio"
+
+
+def test_reach_ends_where_the_sample_the_scarcer_class_or_the_mean_ratio_does():
+    model = sampled_model()
+    assert model.scan(0.1).reach == 4.0
+    curve = model.scan(0.8, multiples=(0.25, 0.5, 1, 2, 4))
+    shares, last = dict(zip(curve.multiples, curve.ess_fraction.tolist(), strict=True)), curve.reach
+    assert last in (1.0, 2.0)
+    assert shares[last] >= 0.1 > shares[2 * last]  # here it is the effective sample that ends
+    scarcer = float(curve.measures[1].ess_scarcer)
+    assert model.scan(0.8, class_floor=scarcer * 0.999, multiples=(0.25, 0.5)).reach == 0.5
+    assert model.scan(0.8, class_floor=scarcer * 1.001, multiples=(0.25, 0.5)).reach in (0.0, 0.25)
+    assert model.scan(0.1, logp_before=model.logp().detach() - 0.25).reach == 0  # mean ratio e
+
+
+def test_a_loss_that_a_handful_of_failures_hides_is_not_called_safe():
+    """J = 0.996 and a step of 1.2 break-evens: without the floor some draws call it safe or near, with it none."""
+    policy, said = SignPolicy(16, 10, 0.12), {0: [], 30: []}
+    for seed in range(12):
+        model = SignModel(policy, policy.sample(32, 32, torch.Generator().manual_seed(seed)))
+        for floor, verdicts in said.items():
+            verdicts.append(model.scan(1.2, class_floor=floor).verdict)
+    assert {"safe", "near"} & set(said[0])
+    assert set(said[30]) <= {"undetermined", "overshoot"}
+
+
 def test_in_sample_gains_prove_nothing_but_in_sample_losses_do():
     assert sampled_model().scan(0.1, in_sample=True).verdict == "undetermined"
     assert sampled_model().scan(1.2, in_sample=True).verdict == "overshoot"
@@ -282,6 +325,8 @@ def test_warnings_name_the_multiples_they_concern():
     ({"z": 0}, ValueError, "z must be positive"),
     ({"margin": 0.5}, ValueError, "margin must be at least 1"),
     ({"ess_floor": 1.5}, ValueError, "ess_floor must be in"),
+    ({"class_floor": -1}, ValueError, "class_floor must be at least 0"),
+    ({"class_floor": math.nan}, ValueError, "class_floor must be finite"),
     ({"in_sample": 1}, TypeError, "in_sample must be"),
     ({"backend": "cuda"}, ValueError, "backend must be one of"),
     ({"rollouts": None}, TypeError, "rollouts must be Rollouts"),

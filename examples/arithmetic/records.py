@@ -45,9 +45,7 @@ class Forecast:
         slope = scan.measures[0].alignment / scan.multiples[0]
         slope = slope[slope.isfinite()]
         proposed = scan.multiples.index(1)
-        success = scan.success_before.item()
-        gain, gain_stderr = scan.success_gain[proposed].item(), scan.success_gain_stderr[proposed].item()
-        end = success + gain
+        measure = scan.measures[proposed]
         break_even = scan.success_break_even.item()
         return cls(
             learning_rate=learning_rate,
@@ -56,15 +54,14 @@ class Forecast:
             gap_norm_sq_stderr=gap_summary["rlvr/gap/norm_sq_stderr"],
             alignment=slope.mean().item(),
             alignment_stderr=(slope.std() / len(slope) ** 0.5).item(),
-            success=success,
-            predicted_success_gain=gain,
-            predicted_success_gain_stderr=gain_stderr,
-            predicted_log_odds_gain=log_odds(end) - log_odds(success),
-            # d logit J / dJ = 1 / (J (1 - J)), where the step is to end
-            predicted_log_odds_gain_stderr=gain_stderr / (end * (1 - end)) if 0 < end < 1 else math.nan,
+            success=measure.success_before.item(),
+            predicted_success_gain=measure.success_gain.item(),
+            predicted_success_gain_stderr=measure.success_gain_stderr.item(),
+            predicted_log_odds_gain=measure.success_log_odds_gain.item(),
+            predicted_log_odds_gain_stderr=measure.success_log_odds_gain_stderr.item(),
             break_even=break_even,
             fraction_of_break_even=1 / min(max(break_even, scan.multiples[0]), scan.multiples[-1]),
-            effective_share=scan.ess_fraction[proposed].item(),
+            effective_share=measure.ess_fraction.item(),
             verdict=scan.verdict,
         )
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 import rlvr_fast as rf
-from arithmetic import task
-from arithmetic.model import Policy
+from arithmetic import task as addition
+from arithmetic.model import Policy, repeat_cache
+from arithmetic.task import Task
 
 
 @dataclass(frozen=True)
@@ -17,19 +18,24 @@ class Samples:
 
     sequences: torch.Tensor
     rollouts: rf.Rollouts
+    prompt_length: int
 
 
 @torch.no_grad()
-def sample(policy: Policy, problems: torch.Tensor, group_size: int, generator: torch.Generator) -> Samples:
+def sample(policy: Policy, problems: torch.Tensor, group_size: int, generator: torch.Generator,
+           task: Task = addition) -> Samples:
     """``group_size`` responses to every problem at temperature 1, each verified."""
     prompts = task.prompt_tokens(problems)
     sequences = prompts.repeat_interleave(group_size, 0)
-    hidden = policy(prompts)[:, -1].repeat_interleave(group_size, 0)
+    hidden, cache = policy.with_cache(prompts, None)
+    hidden = hidden[:, -1].repeat_interleave(group_size, 0)
+    cache = repeat_cache(cache, group_size)
     ended = torch.zeros(len(sequences), 1, dtype=torch.bool)
     mask = []
     for position in range(task.MAX_ANSWER_LENGTH):
         if position:
-            hidden = policy(sequences)[:, -1]
+            hidden, cache = policy.with_cache(sequences[:, -1:], cache)
+            hidden = hidden[:, -1]
         chosen = torch.multinomial(policy.lm_head(hidden).softmax(-1), 1, generator=generator)
         chosen = chosen.masked_fill(ended, task.END)
         mask.append(~ended)
@@ -37,12 +43,13 @@ def sample(policy: Policy, problems: torch.Tensor, group_size: int, generator: t
         sequences = torch.cat([sequences, chosen], 1)
     completions = sequences[:, task.PROMPT_LENGTH:]
     rewards = task.verify(completions, problems.repeat_interleave(group_size, 0))
-    return Samples(sequences, rf.Rollouts.from_padded(completions, torch.cat(mask, 1), rewards, group_size=group_size))
+    rollouts = rf.Rollouts.from_padded(completions, torch.cat(mask, 1), rewards, group_size=group_size)
+    return Samples(sequences, rollouts, task.PROMPT_LENGTH)
 
 
 def completion_hidden(policy: Policy, samples: Samples) -> torch.Tensor:
     """[N, D] hidden states that predict the sampled tokens, in rollout order."""
-    return samples.rollouts.pack(policy(samples.sequences[:, :-1])[:, task.PROMPT_LENGTH - 1:])
+    return samples.rollouts.pack(policy(samples.sequences[:, :-1])[:, samples.prompt_length - 1:])
 
 
 def completion_logp(policy: Policy, samples: Samples) -> torch.Tensor:
@@ -51,7 +58,7 @@ def completion_logp(policy: Policy, samples: Samples) -> torch.Tensor:
 
 
 @torch.no_grad()
-def exact_success(policy: Policy, problems: torch.Tensor) -> float:
+def exact_success(policy: Policy, problems: torch.Tensor, task: Task = addition) -> float:
     """Success rate without sampling: every problem has one right answer, so its probability is the success rate."""
     answers, mask = task.answer_tokens(problems)
     hidden = policy(torch.cat([task.prompt_tokens(problems), answers[:, :-1]], 1))[:, task.PROMPT_LENGTH - 1:]

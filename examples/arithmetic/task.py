@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
+
+
+class Task(Protocol):
+    """What sampling and warm-up need of a task with one right answer per problem. This module is one."""
+
+    PROMPT_LENGTH: int
+    MAX_ANSWER_LENGTH: int
+    END: int
+
+    def prompt_tokens(self, problems: torch.Tensor) -> torch.Tensor:
+        """[B, K] -> [B, PROMPT_LENGTH]."""
+
+    def answer_tokens(self, problems: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, K] -> the right answers [B, MAX_ANSWER_LENGTH], END from their end on, and the mask of what counts."""
+
+    def verify(self, completions: torch.Tensor, problems: torch.Tensor) -> torch.Tensor:
+        """[B, MAX_ANSWER_LENGTH], [B, K] -> [B] 0/1 rewards."""
+
 
 PLUS, EQUALS, END = 10, 11, 12
 VOCABULARY_SIZE = 13

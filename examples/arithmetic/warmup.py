@@ -7,20 +7,21 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from arithmetic import task
+from arithmetic import task as addition
 from arithmetic.model import Policy
 from arithmetic.sampling import exact_success
+from arithmetic.task import Task, draw
 
 LEARNING_RATE, RAMP_STEPS, BATCH_SIZE, CHECK_EVERY, MAX_STEPS = 3e-3, 50, 256, 5, 1000
 
 
 def warm_up(policy: Policy, problems: torch.Tensor, held_out: torch.Tensor, target: float, generator: torch.Generator,
-            on_check: Callable[[int, float], None]) -> float:
+            on_check: Callable[[int, float], None], task: Task = addition) -> float:
     """Train until the success rate on ``held_out`` reaches ``target``, and return it; RuntimeError if it never does."""
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95))
     for step in range(1, MAX_STEPS + 1):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, step / RAMP_STEPS)
-        batch = task.draw(problems, BATCH_SIZE, generator)
+        batch = draw(problems, BATCH_SIZE, generator)
         answers, mask = task.answer_tokens(batch)
         hidden = policy(torch.cat([task.prompt_tokens(batch), answers[:, :-1]], 1))[:, task.PROMPT_LENGTH - 1:]
         loss = F.cross_entropy(policy.lm_head(hidden[mask]), answers[mask])
@@ -28,7 +29,7 @@ def warm_up(policy: Policy, problems: torch.Tensor, held_out: torch.Tensor, targ
         loss.backward()
         optimizer.step()
         if step % CHECK_EVERY == 0:
-            success = exact_success(policy, held_out)
+            success = exact_success(policy, held_out, task)
             on_check(step, success)
             if success >= target:
                 return success
