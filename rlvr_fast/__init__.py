@@ -11,6 +11,7 @@ from rlvr_fast.model_gap.direction import StepRecorder, adam_direction, propose
 from rlvr_fast.moments import Moments, ResponseGradients, Responses
 from rlvr_fast.monitor import GapMonitor
 from rlvr_fast.rollouts import Rollouts
+from rlvr_fast.spectrum import DifficultySpectrum, Mixture, SpectrumSampler, difficulty_spectrum
 from rlvr_fast.step_bounds import theorem_step_bound, token_step_bound
 from rlvr_fast.step_curve import StepCurve, crossing
 from rlvr_fast.step_guard import StepGuard, StepWarning
@@ -24,15 +25,18 @@ from rlvr_fast.vocabulary_parallel import VocabularyShard
 from rlvr_fast.warm_up import WarmUpReport, warm_up
 
 __all__ = [
+    "DifficultySpectrum",
     "DirectionalScores",
     "Gap",
     "GapMonitor",
+    "Mixture",
     "ModelGap",
     "ModelGapResult",
     "Moments",
     "ResponseGradients",
     "Responses",
     "Rollouts",
+    "SpectrumSampler",
     "StepCurve",
     "StepGuard",
     "StepMeasure",
@@ -48,6 +52,7 @@ __all__ = [
     "advantages_and_weights",
     "available_backends",
     "crossing",
+    "difficulty_spectrum",
     "directional_scores",
     "gap_from_gradients",
     "gradient_gap",

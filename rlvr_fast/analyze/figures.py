@@ -13,7 +13,7 @@ import torch
 
 from rlvr_fast.analyze.responses import Responses
 from rlvr_fast.rollouts import Rollouts
-from rlvr_fast.spectrum_evidence import effective_rollouts, wilson
+from rlvr_fast.spectrum.evidence import effective_rollouts, wilson
 from rlvr_fast.step_size import measure_step
 
 Z95 = 1.959963984540054

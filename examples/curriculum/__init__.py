@@ -1,0 +1,1 @@
+"""What the curriculum example needs: a task with levels, GRPO that records per level, ways to choose what to sample."""
