@@ -25,7 +25,8 @@ class Loop:
     def __init__(self, rate, mode=None, *, optimizer=torch.optim.SGD, seed=0, task=TASK, **options):
         self.task, self.theta = task, torch.nn.Parameter(torch.tensor([START], dtype=torch.float64))
         self.optimizer = optimizer([self.theta], lr=rate)
-        self.guard = None if mode is None else StepGuard(self.optimizer, mode, **({"share": None} | options))
+        options = {"share": None, "start": 1} | options
+        self.guard = None if mode is None else StepGuard(self.optimizer, mode, **options)
         self.generator = torch.Generator().manual_seed(seed)
 
     def sample(self):
@@ -74,6 +75,33 @@ def test_backtrack_survives_a_first_step_that_ends_everything():
     assert min(guarded) > 0.5
     assert guarded[-1] > OPTIMUM - 0.01
     assert loop.guard.n_backtracks > 0
+
+
+def test_scale_survives_such_a_first_step_by_beginning_carefully():
+    """Which is the default: with ``start=1`` nothing that is measured later can help."""
+    assert max(Loop(0.2, "scale").run(5)) < 1e-3
+    guarded = Loop(0.2, "scale", start=0.2).run()
+    assert min(guarded) > 0.5
+    assert guarded[-1] > OPTIMUM - 0.01
+
+
+def test_a_careful_start_grows_by_itself_and_ends():
+    """Also where nothing is ever measured, behind a warm-up from 0, and in a state that was saved."""
+    model, inner, guard = quadratic(mode="scale", start=0.2)
+    scales = []
+    for step in range(8):
+        inner.param_groups[0]["lr"] = 0.0 if step == 0 else 0.1
+        model(torch.ones(1, 3)).sum().backward()
+        guard.step()
+        scales.append(guard.scale)
+    assert scales == pytest.approx([1.0, 0.2, 0.3, 0.45, 0.675, 1.0, 1.0, 1.0])
+    loop = Loop(0.01, "scale", start=0.2)
+    loop.run(8)
+    assert loop.guard.scale == 1.0
+    other = Loop(0.01, "scale", start=0.2)
+    other.guard.load_state_dict(copy.deepcopy(loop.guard.state_dict()))
+    other.guard.step()
+    assert other.guard.scale == 1.0
 
 
 @pytest.mark.parametrize("mode", ["scale", "backtrack"])
@@ -137,7 +165,7 @@ def quadratic(optimizer=torch.optim.AdamW, **options):
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
     inner = optimizer(model.parameters(), lr=0.1)
-    return model, inner, StepGuard(inner, **options)
+    return model, inner, StepGuard(inner, **({"start": 1} | options))
 
 
 def take_step(model, optimizer):
@@ -170,7 +198,7 @@ def test_groups_state_and_hooks_are_the_wrapped_optimizer_s():
 def test_schedulers_see_their_own_learning_rate(on_guard):
     model, inner, guard = quadratic(mode="scale")
     scheduler = torch.optim.lr_scheduler.LambdaLR(guard if on_guard else inner, lambda k: 1 / (1 + k))
-    guard.allowed_rate = 0.02
+    guard.allowed_rate, guard.n_measured = 0.02, 1  # as if it had been measured
     seen, moved = [], []
     inner.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
     with warnings.catch_warnings():
@@ -187,7 +215,7 @@ def test_a_scaled_step_is_the_step_at_that_learning_rate():
     model, _, guard = quadratic(mode="scale")
     other = copy.deepcopy(model)
     plain = torch.optim.AdamW(other.parameters(), lr=0.03)
-    guard.allowed_rate = 0.03
+    guard.allowed_rate, guard.n_measured = 0.03, 1  # as if it had been measured
     for _ in range(3):
         take_step(model, guard)
         take_step(other, plain)
@@ -199,7 +227,7 @@ def test_a_tensor_learning_rate_comes_back_as_the_same_tensor():
     model = torch.nn.Linear(3, 2)
     rate = torch.tensor(0.1)
     guard = StepGuard(torch.optim.Adam(model.parameters(), lr=rate), "scale")
-    guard.allowed_rate = 0.05
+    guard.allowed_rate, guard.n_measured = 0.05, 1  # as if it had been measured
     take_step(model, guard)
     assert guard.param_groups[0]["lr"] is rate
     assert rate.item() == pytest.approx(0.1)
@@ -299,7 +327,7 @@ def test_a_check_that_raises_leaves_a_whole_step():
 
 def test_an_optimizer_that_raises_keeps_the_scheduled_learning_rate():
     model, inner, guard = quadratic(mode="scale")
-    guard.allowed_rate = 0.01
+    guard.allowed_rate, guard.n_measured = 0.01, 1  # as if it had been measured
 
     def fail(*_):
         raise RuntimeError("no")
@@ -407,6 +435,8 @@ def test_metrics_are_flat_and_safe_for_loggers_that_reduce_by_name():
     (lambda o: StepGuard(3), TypeError, "optimizer must be a torch.optim.Optimizer"),
     (lambda o: StepGuard(o, "brake"), ValueError, "mode must be one of warn, scale, backtrack"),
     (lambda o: StepGuard(o, fraction=1.0), ValueError, "fraction must be below 1"),
+    (lambda o: StepGuard(o, start=1.5), ValueError, "start must be at most 1"),
+    (lambda o: StepGuard(o, start=0), ValueError, "start must be"),
     (lambda o: StepGuard(o, every=0), ValueError, "every must be an int >= 1"),
     (lambda o: StepGuard(o, share=2), ValueError, "share must be at most 1"),
     (lambda o: StepGuard(o, meter=3), TypeError, "meter must be a StepMeter"),
@@ -414,7 +444,7 @@ def test_metrics_are_flat_and_safe_for_loggers_that_reduce_by_name():
     (lambda o: StepGuard(o).check_with(print, None), ValueError, "check_with needs mode 'backtrack'"),
     (lambda o: StepGuard(o, "backtrack").check_with(3, None), TypeError, "logp_fn must be callable"),
     (lambda o: StepGuard(o, "backtrack").check_with(lambda: torch.zeros(3), None), TypeError, "rollouts must be"),
-], ids=range(10))
+], ids=range(12))
 def test_refuses(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1))
