@@ -68,6 +68,51 @@ def doctor(
     raise typer.Exit(1 if diagnosis.broken else 0)
 
 
+@app.command()
+def analyze(
+    path: Annotated[Path, typer.Argument(help="JSONL, Parquet or npz file of one row per response, or a folder.")],
+    prompt: Annotated[str | None, typer.Option(help="Column of the prompt or its id.")] = None,
+    reward: Annotated[str | None, typer.Option(help="Column of the reward.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Rewards from here on are successes, if not 0 and 1.")] = None,
+    step: Annotated[str | None, typer.Option(help="Column of the training step.")] = None,
+    length: Annotated[str | None, typer.Option(help="Column of the length, or of tokens or text to measure.")] = None,
+    difficulty: Annotated[str | None, typer.Option(help="Column of a known difficulty.")] = None,
+    logp: Annotated[str | None, typer.Option(help="Column of log-probs before the update.")] = None,
+    logp_after: Annotated[str | None, typer.Option(help="Column of log-probs after the update.")] = None,
+    prompts: Annotated[int, typer.Option(min=0, help="Prompts to list.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout instead of tables.")] = False,
+) -> None:
+    """What a dump of rollouts tells without the model: success, mixed groups, spectrum, lengths, step effects."""
+    from rlvr_fast.analyze import command
+
+    try:
+        command.run(path, threshold=threshold, prompts=prompts, as_json=as_json, columns={
+            "prompt": prompt, "reward": reward, "step": step, "length": length, "difficulty": difficulty,
+            "logp": logp, "logp_after": logp_after})
+    except (ValueError, TypeError, OSError) as error:
+        fail(error)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder or JSONL file of steps, or a trainer_state.json.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("report.html"),
+    rollouts: Annotated[Path | None, typer.Option(help="Rollout dump, if not rollouts* beside the run.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Column of the dump: the prompt or its id.")] = None,
+    reward: Annotated[str | None, typer.Option(help="Column of the dump: the reward.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Rewards from here on are successes, if not 0 and 1.")] = None,
+    title: Annotated[str | None, typer.Option(help="Of the page; the run's name by default.")] = None,
+) -> None:
+    """One HTML file about a run: is the step safe, for which prompts, since when."""
+    from rlvr_fast.report import write_report
+
+    try:
+        typer.echo(write_report(run, output, rollouts=rollouts, columns={"prompt": prompt, "reward": reward},
+                                threshold=threshold, title=title))
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        fail(error)
+
+
 def fail(error: Exception) -> None:
     """Bad usage: the message on stderr, exit code 2."""
     typer.echo(f"rlvr-fast: {error}", err=True)

@@ -153,6 +153,7 @@ def _native(reason: str | None) -> Finding:
 COMMANDS = {
     "rlvr-fast profile, doctor": ((), ""),
     "rlvr-fast simulate": (("matplotlib",), "simulate"),
+    "rlvr-fast report": (("plotly", "jinja2"), "report"),
 }
 
 

@@ -199,8 +199,9 @@ def test_announcements_tell_collapses_from_false_alarms():
     runs = [run_of([0.4, 0.5, 0.3, 0.1], [unknown, x, unknown]), run_of([0.4, 0.5, 0.3, 0.1]),
             run_of([0.4, 0.41, 0.5, 0.6], [unknown, x, unknown]), run_of([0.4, 0.41, 0.3, 0.3], [unknown, x, unknown])]
     found = claims.announcements(runs, claims.METHODS["meter"])
-    assert found == {"collapsed": 2, "collapsed_at_the_first_step": 0, "announced": 1, "announced_a_step_before": 1,
-                     "median_lead": 1, "median_success_kept": 1.0, "collapsing_step_cleared": 0, "not_collapsed": 2,
+    assert found == {"collapsed": 2, "collapsed_at_the_first_step": 0, "announced": 1,
+                     "announced_of_the_later_ones": 1, "announced_a_step_before": 1, "median_lead": 1,
+                     "median_success_kept": 1.0, "collapsing_step_cleared": 0, "not_collapsed": 2,
                      "not_collapsed_but_announced": 2, "of_these_degraded": 1}
     outcomes = claims.verdict_outcomes(runs, claims.METHODS["meter"])
     assert (outcomes["overshoot"]["steps"], outcomes["overshoot"]["lost"]) == (3, pytest.approx(2 / 3))
@@ -232,8 +233,10 @@ def test_thresholds_count_runs_by_their_determined_fractions():
     wild = run_of([0.3, 0.25, 0.2, 0.1], slope=0.02, end=-0.06)  # 2
     noise = run_of([0.3, 0.3, 0.3], slope=0.001, end=0.0)
     found = claims.thresholds([calm, wild, noise])
-    assert found == {"runs": 3, "without_a_determined_step": 1, "below": 1, "below_and_collapsed": 0, "between": 0,
-                     "above": 1, "above_and_degraded": 1, "above_and_lower_after_horizon": 1, "above_and_collapsed": 1}
+    gain = pytest.approx((0.31 + 0.32 + 0.33) / 3 - 0.3)
+    assert found == {"runs": 3, "without_a_determined_step": 1, "below": 1, "below_and_collapsed": 0,
+                     "below_lowest_gain": gain, "below_highest_gain": gain, "between": 0, "above": 1,
+                     "above_and_degraded": 1, "above_and_lower_after_horizon": 1, "above_and_collapsed": 1}
 
 
 def test_rank_correlation_and_agreement():
@@ -248,11 +251,12 @@ def test_rank_correlation_and_agreement():
 
 
 def test_stored_runs_come_back(tmp_path):
-    run = Run(SETTINGS, 0.3, [Step(0, 2e-4, 0.0123, 0.3, 0.31234, {0.5: 0.305, 2.0: 0.29}, Slope(0.0123, 0.00456),
+    rate = SETTINGS.rate_at(0)
+    run = Run(SETTINGS, 0.3, [Step(0, rate, 0.0123, 0.3, 0.31234, {0.5: 0.305, 2.0: 0.29}, Slope(0.0123, 0.00456),
                                    Slope(math.nan, math.nan), Reading("near", math.inf), "", 0.0111, 0.00222,
                                    Reading("overshoot", 0.789), {})])
     guarded = Run(replace(SETTINGS, guard="scale"), 0.3,
-                  [Step.guarded(0, 2e-4, 0.0123, 0.3, 0.31234, {"scale": 0.5, "break_even_rate": math.inf})])
+                  [Step.guarded(0, rate, 0.0123, 0.3, 0.31234, {"scale": 0.5, "break_even_rate": math.inf})])
     write_runs(tmp_path / "steps.json", [run, guarded])
     for stored, found in zip((run, guarded), read_runs(tmp_path / "steps.json"), strict=True):
         assert (found.settings, found.start, repr(found.steps)) == (stored.settings, 0.3, repr(stored.steps))
