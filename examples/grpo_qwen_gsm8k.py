@@ -21,6 +21,7 @@ import math
 from pathlib import Path
 
 import torch
+from batching import batches
 from gsm8k import problems as task
 from gsm8k.policy import Batch, Policy
 from gsm8k.table import Table
@@ -36,11 +37,11 @@ def main() -> None:
     policy, training, held_out = tiny_setting(options) if options.tiny else real_setting(options)
     optimizer = torch.optim.AdamW(policy.parameters, lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     guard = rf.StepGuard(optimizer, mode=options.guard) if options.guard != "off" else None
-    batches = task.batches(training, options.prompts, options.seed)
+    stream = batches(training, options.prompts, options.seed)
     options.output.mkdir(parents=True, exist_ok=True)
     with Table() as table, (options.output / "steps.jsonl").open("w", encoding="utf-8") as log:
         for step in range(1, options.steps + 1):
-            batch = policy.sample(next(batches), options.responses)
+            batch = policy.sample(next(stream), options.responses)
             if guard is not None:
                 guard.observe(lambda batch=batch: policy.logp(batch), batch.rollouts)
             gap, grad_norm = backward(policy, optimizer, batch, options.clip_norm)

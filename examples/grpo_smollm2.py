@@ -18,6 +18,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from batching import batches
 from smollm2 import task
 from smollm2.clock import Clock
 from smollm2.plots import save_plots
@@ -34,7 +35,7 @@ def main() -> None:
     options = arguments()
     generator = torch.Generator().manual_seed(options.seed)
     training, heldout = task.split(options.heldout_prompts, options.seed)
-    batches = task.batches(training, options.prompts, options.seed)
+    stream = batches(training, options.prompts, options.seed)
     with Report() as report:
         clock = Clock(report.phase)
         with clock("loading SmolLM2-135M-Instruct"):
@@ -46,7 +47,7 @@ def main() -> None:
         for step in range(1, options.steps + 1):
             clock = Clock(report.phase)
             with clock("sampling"):
-                batch = policy.sample(next(batches), options.responses, generator)
+                batch = policy.sample(next(stream), options.responses, generator)
             with clock("training"):
                 hidden, entropy = backward(policy, optimizer, batch)
                 update = rf.propose(optimizer, policy.parameters)

@@ -17,6 +17,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+from batching import batches
 from smollm2 import task
 from smollm2.policy import Policy
 from smollm2.sweep_report import draw, markdown
@@ -56,14 +57,14 @@ def train(policy: Policy, rate: float, mode: str, options: argparse.Namespace) -
     """One run; a dict per step."""
     generator = torch.Generator().manual_seed(options.seed)
     training, heldout = task.split(options.heldout_prompts, options.seed)
-    batches = task.batches(training, options.prompts, options.seed)
+    stream = batches(training, options.prompts, options.seed)
     # share=None: measured at every step, however long that takes, so that runs can be repeated
     guard = rf.StepGuard(torch.optim.AdamW(policy.parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0), mode,
                          share=None)
     success, steps = policy.success(heldout).mean().item(), []
     for step in range(1, options.steps + 1):
         began = perf_counter()
-        batch = policy.sample(next(batches), options.responses, generator)
+        batch = policy.sample(next(stream), options.responses, generator)
         sampled = perf_counter()
         reading = guard.observe(lambda batch=batch: policy.logp(batch), batch.rollouts)
         observed = perf_counter()

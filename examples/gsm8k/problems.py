@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -58,15 +56,3 @@ def generated(task: str, size: int, seed: int) -> list[Problem]:
     if len(distinct) < size:
         raise SystemExit(f"reasoning-gym's {task} gave {len(distinct)} distinct questions, {size} are needed")
     return list(distinct.values())[:size]
-
-
-def batches(problems: list[Problem], size: int, seed: int) -> Iterator[list[Problem]]:
-    """Endless batches of ``size`` distinct problems; a new shuffle when too few are left."""
-    if not 0 < size <= len(problems):
-        raise SystemExit(f"--prompts must be in 1..{len(problems)}, the number of training problems, got {size}")
-    generator, pool = random.Random(seed), []
-    while True:
-        if len(pool) < size:
-            pool = generator.sample(problems, len(problems))
-        yield pool[:size]
-        pool = pool[size:]

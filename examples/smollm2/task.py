@@ -35,15 +35,3 @@ def split(n_heldout: int, seed: int) -> tuple[list[Sum], list[Sum]]:
     sums = [Sum(a, b) for a in range(10) for b in range(10) if (a, b) not in SHOWN]
     random.Random(seed).shuffle(sums)
     return sums[n_heldout:], sums[:n_heldout]
-
-
-def batches(sums: list[Sum], size: int, seed: int):
-    """Endless batches of ``size`` distinct sums; a new shuffle when the pool runs out."""
-    if not 0 < size <= len(sums):
-        raise ValueError(f"size must be in 1..{len(sums)}, the number of training sums, got {size}")
-    generator, pool = random.Random(seed), []
-    while True:
-        if len(pool) < size:
-            pool = generator.sample(sums, len(sums))
-        yield pool[:size]
-        pool = pool[size:]
