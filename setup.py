@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 PACKAGES = ["rlvr_fast", "rlvr_fast.analyze", "rlvr_fast.backends", "rlvr_fast.integrations", "rlvr_fast.kernels",
-            "rlvr_fast.model_gap", "rlvr_fast.monitor", "rlvr_fast.profile", "rlvr_fast.simulate",
+            "rlvr_fast.model_gap", "rlvr_fast.monitor", "rlvr_fast.profile", "rlvr_fast.report", "rlvr_fast.simulate",
             "rlvr_fast.simulate.relay", "rlvr_fast.spectrum"]
 
 

@@ -13,6 +13,7 @@ from rlvr_fast.model_gap.direction import StepRecorder, adam_direction, propose
 from rlvr_fast.moments import Moments, ResponseGradients, Responses
 from rlvr_fast.monitor import GapMonitor
 from rlvr_fast.rollouts import Rollouts
+from rlvr_fast.run_log import RunLog
 from rlvr_fast.spectrum import DifficultySpectrum, Mixture, SpectrumSampler, difficulty_spectrum
 from rlvr_fast.step_bounds import theorem_step_bound, token_step_bound
 from rlvr_fast.step_curve import StepCurve, crossing
@@ -38,6 +39,7 @@ __all__ = [
     "ResponseGradients",
     "Responses",
     "Rollouts",
+    "RunLog",
     "SpectrumSampler",
     "StepCurve",
     "StepGuard",

@@ -107,7 +107,8 @@ def test_every_step_is_written_down(quick_run):
     may_be_null = {"break_even", "predicted_log_odds_gain", "predicted_log_odds_gain_stderr"}
     for row in rows:
         assert row["verdict"] in ("safe", "near", "overshoot", "undetermined")
-        numbers = {name: value for name, value in row.items() if name not in ("run", "verdict")}
+        numbers = {name: value for name, value in row.items() if name not in ("run", "verdict", "reason")}
+        assert bool(row["reason"]) == (row["verdict"] == "undetermined")
         assert {name for name, value in numbers.items() if value is None} <= may_be_null
         assert 0 < row["exact_before"] < 1
         assert 0 < row["exact_after"] < 1

@@ -37,6 +37,7 @@ class Forecast:
     fraction_of_break_even: float
     effective_share: float
     verdict: str
+    reason: str = ""  # why it is "undetermined"
 
     @classmethod
     def of(cls, learning_rate: float, gap: rf.Gap, scan: rf.StepCurve) -> Forecast:
@@ -63,6 +64,7 @@ class Forecast:
             fraction_of_break_even=1 / min(max(break_even, scan.multiples[0]), scan.multiples[-1]),
             effective_share=measure.ess_fraction.item(),
             verdict=scan.verdict,
+            reason=scan.reason,
         )
 
 
