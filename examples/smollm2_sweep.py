@@ -1,6 +1,6 @@
 """SmolLM2-135M at several learning rates, with a guard that only tells, one that scales and one that backtracks.
 
-    python examples/smollm2_sweep.py --output docs/smollm2      # sweep.json, sweep.md, sweep.png; 25 minutes, one core
+    python examples/smollm2_sweep.py --output docs/smollm2      # sweep.json, sweep.md, sweep.png; 20 minutes, one core
 
 One-digit sums as in grpo_smollm2.py, all weights in float32 on the CPU, the same prompts and first rollouts in every
 run. After each step the exact success rate on held-out sums is computed; it takes no part in what the guard does.
@@ -25,7 +25,7 @@ from smollm2.sweep_report import draw, markdown
 import rlvr_fast as rf
 
 MODES = ("warn", "scale", "backtrack")
-RATES = (1e-5, 3e-5, 1e-4, 3e-4)
+RATES = (1e-5, 3e-5, 1e-4)
 CHECK_RESPONSES = 8  # per held-out prompt, for mode "backtrack"
 
 

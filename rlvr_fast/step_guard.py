@@ -60,7 +60,7 @@ class StepGuard(torch.optim.Optimizer):
         optimizer: any that takes its step from ``param_groups[...]["lr"]``.
         mode: "warn": a ``StepWarning`` before a step longer than its measured break-even, and metrics; the steps are
             those of the optimizer. "scale": steps are kept at ``fraction`` of the break-even, as far as it is known,
-            and begin carefully (``start``). "backtrack": that too, and a step given to ``check_with`` whose held-out
+            begin carefully (``start``), and do not grow where too few responses of a class tell. "backtrack": that too, and a step given to ``check_with`` whose held-out
             gain is significantly negative is shortened to ``fraction`` of itself until it is not, four times at most,
             then undone. One beyond the reach of the held-out rollouts (effective share below 10 %) counts as lost:
             a collapse looks like that.
@@ -143,8 +143,9 @@ class StepGuard(torch.optim.Optimizer):
         if sure and 0 < reading.break_even < math.inf:
             self.break_even_rate = reading.break_even * self._length
             allowed = self.fraction * reading.break_even
-        else:  # lost, and nobody knows by how much: shorten; nothing in sight: grow
-            allowed = {"overshoot": self.fraction, "near": 1.0}.get(reading.verdict, LONGEST)
+        else:  # lost, and nobody knows by how much: shorten; nothing in sight: grow, unless nothing could be seen
+            blind = reading.reason in ("scarce class", "sample gone")
+            allowed = {"overshoot": self.fraction, "near": 1.0}.get(reading.verdict, 1.0 if blind else LONGEST)
             self.break_even_rate = self._length if reading.verdict == "overshoot" else math.inf
         if reading.verdict == "safe":
             allowed = max(allowed, 1.0)

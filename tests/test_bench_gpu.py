@@ -17,6 +17,17 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 COLUMNS = ["kernel", "provider", "shape", "dtype", "logits", "metric", "p20", "median", "p80", "error", "gpu", "driver",
            "versions", "git_sha", "date", "note"]
 PEERS = {"trl", "liger (Triton)", "cut-cross-entropy", "verl", "quack"}
+PEER_PACKAGES = {"trl", "liger_kernel", "cut_cross_entropy", "verl", "quack", "transformers"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _modules_as_they_were():
+    """Peers are imported in part, with stand-ins for their packages: other tests must get the real ones."""
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] in PEER_PACKAGES}
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] in PEER_PACKAGES]:
+        del sys.modules[name]
+    sys.modules.update(before)
 KERNELS = {"token_stats", "gradient_gap hidden", "gradient_gap head", "hidden_grad", "linear_logprob fwd+bwd",
            "token_stats_from_logits", "advantages + loss_weights", "measure_step", "segmented_gradient"}
 

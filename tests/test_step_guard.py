@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import warnings
 
@@ -102,6 +103,16 @@ def test_a_careful_start_grows_by_itself_and_ends():
     other.guard.load_state_dict(copy.deepcopy(loop.guard.state_dict()))
     other.guard.step()
     assert other.guard.scale == 1.0
+
+
+@pytest.mark.parametrize(("reason", "growth"), [("within error", 1.5), ("scarce class", 1.0), ("sample gone", 1.0)])
+def test_a_step_does_not_grow_where_nothing_could_be_seen(reason, growth):
+    loop = Loop(0.01, "scale", start=0.2)
+    loop.run(3)
+    reading = dataclasses.replace(loop.guard.meter.reading(), verdict="undetermined", reason=reason,
+                                  break_even=math.inf, break_even_high=math.inf)
+    loop.guard._learn(reading)
+    assert loop.guard.allowed_rate == pytest.approx(growth * loop.guard._length)
 
 
 @pytest.mark.parametrize("mode", ["scale", "backtrack"])
