@@ -60,10 +60,10 @@ class StepGuard(torch.optim.Optimizer):
         optimizer: any that takes its step from ``param_groups[...]["lr"]``.
         mode: "warn": a ``StepWarning`` before a step longer than its measured break-even, and metrics; the steps are
             those of the optimizer. "scale": steps are kept at ``fraction`` of the break-even, as far as it is known,
-            begin carefully (``start``), and do not grow where too few responses of a class tell. "backtrack": that too, and a step given to ``check_with`` whose held-out
-            gain is significantly negative is shortened to ``fraction`` of itself until it is not, four times at most,
-            then undone. One beyond the reach of the held-out rollouts (effective share below 10 %) counts as lost:
-            a collapse looks like that.
+            begin carefully (``start``), and do not grow where too few responses of a class tell. "backtrack": that
+            too, and a step given to ``check_with`` whose held-out gain is significantly negative is shortened to
+            ``fraction`` of itself until it is not, four times at most, then undone. One beyond the reach of the
+            held-out rollouts (effective share below 10 %) counts as lost: a collapse looks like that.
         fraction: of the break-even, in (0, 1); 0.5 is the peak of a parabola.
         start: the first step's share of its learning rate in "scale" and "backtrack", in (0, 1]: no later measurement
             helps where the first step collapses, and with Adam it is the longest of all (a sign step; of 12 collapses
