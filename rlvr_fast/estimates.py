@@ -55,13 +55,11 @@ def estimate_gap(moments: Moments) -> GapEstimate:
     """
     n = moments.count
     square, product = moments.square, moments.product
-    total_sq = torch.stack([product[:, 0, 0], product[:, 1, 1]], 1)
-    cross = product[:, 0, 1]
+    total_sq, cross = product.diagonal(dim1=1, dim2=2), product[:, 0, 1]
 
     defined = (n > 0).all(1)
     single = n == 1
-    noise = _noise(square, total_sq, n)
-    noise = torch.where(single, _pooled_noise(square, total_sq, n), noise)
+    noise = class_noise(square, total_sq, n)
 
     naive = torch.where(defined, (total_sq / n.square()).sum(1) - 2 * cross / n.prod(1), torch.nan)
     bias = torch.where(defined, (noise / n).sum(1), torch.nan)
@@ -73,17 +71,20 @@ def estimate_gap(moments: Moments) -> GapEstimate:
                        defined & single.any(1))
 
 
-def _noise(square, total_sq, n):
-    """tr Σ̂ = (Q − ‖S‖²/n)/(n − 1); NaN for fewer than two responses, 0 (not a rounding below it) for equal ones."""
-    return torch.where(n >= 2, ((square - total_sq / n) / (n - 1)).clamp(min=0.0), torch.nan)
+def class_noise(square: torch.Tensor, total_sq: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+    """[P, 2] tr Σ̂ = (Q − ‖S‖²/n)/(n − 1) of each class, 0 (not a rounding below it) where its responses are equal.
 
+    A class of one response has that of its class pooled over the prompts with at least two; NaN if there is none, and
+    for an empty class.
 
-def _pooled_noise(square, total_sq, n):
-    """[1, 2]: tr Σ̂ per class, pooled over the prompts with at least two responses in it; NaN if there is none."""
+    Args:
+        square: [P, 2] Q. total_sq: [P, 2] ‖S‖². n: [P, 2].
+    """
     rich = n >= 2
+    own = torch.where(rich, ((square - total_sq / n) / (n - 1)).clamp(min=0.0), torch.nan)
     spread = torch.where(rich, (square - total_sq / n).clamp(min=0.0), 0.0).sum(0, keepdim=True)
     freedom = torch.where(rich, n - 1, 0.0).sum(0, keepdim=True)
-    return torch.where(freedom > 0, spread / freedom, torch.nan)
+    return torch.where(n == 1, torch.where(freedom > 0, spread / freedom, torch.nan), own)
 
 
 def _jackknife(moments, n, square, total_sq, cross, noise):

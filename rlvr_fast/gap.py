@@ -12,12 +12,13 @@ from rlvr_fast import _validate as check
 from rlvr_fast import backends
 from rlvr_fast.backends import TokenPass
 from rlvr_fast.batch_gap import batch_norm_sq, batch_summary, vector_products
+from rlvr_fast.distributed import checksum
 from rlvr_fast.estimates import Estimated, GapEstimate, estimate_gap
 from rlvr_fast.head import Head, check_values
 from rlvr_fast.moments import Moments, ResponseGradients, Responses
 from rlvr_fast.rollouts import Rollouts
 from rlvr_fast.token_stats import TokenStats, check_pass
-from rlvr_fast.vocabulary_parallel import VocabularyShard, agreement, check_shard, checksum
+from rlvr_fast.vocabulary_parallel import VocabularyShard, agreement, check_shard
 
 LEVELS = ("logits", "hidden", "head")
 SUM_BYTES = 64 << 20  # [responses, V] float32 score sums held at a time, unless they are the result

@@ -17,13 +17,11 @@ import torch.distributed as dist
 
 from rlvr_fast import _validate as check
 from rlvr_fast.backends.base import TokenPass
+from rlvr_fast.distributed import REFUSED, carries_cpu_tensors, gather, raise_refusals, tell
 from rlvr_fast.merge_passes import merge_passes
 
 if TYPE_CHECKING:
     from rlvr_fast.head import Head
-
-MESSAGE_BYTES = 1024  # what one rank tells the others of its arguments
-REFUSED = "refused: "
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -62,12 +60,12 @@ class VocabularyShard:
         numbers = [self.first, self.rows, self.size]
         integers = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
         fits = integers and 0 <= self.first < self.stop <= self.size
-        told = _tell(f"{self.first} {self.rows} {self.size}" if fits else f"{REFUSED}first, rows, size = {numbers}",
+        told = tell(f"{self.first} {self.rows} {self.size}" if fits else f"{REFUSED}first, rows, size = {numbers}",
                      self.group)
         if not fits:
             kind = ValueError if integers else TypeError
             raise kind(f"first, rows and size must be integers with 0 <= first < first + rows <= size, got {numbers}")
-        _raise_refusals(told)
+        raise_refusals(told)
         shards = [tuple(map(int, words.split())) for words in told]
         sizes = {size for _, _, size in shards}
         spans = ", ".join(f"[{first}, {first + rows}) of {size} on rank {rank}"
@@ -117,14 +115,14 @@ class VocabularyShard:
 
     def refuse(self, error: Exception) -> None:
         """Tell the ranks that are in, or come to, an ``agreement`` that this one raises ``error``."""
-        if _carries_cpu_tensors(self.group):
-            _tell(REFUSED + str(error), self.group)
+        if carries_cpu_tensors(self.group):
+            tell(REFUSED + str(error), self.group)
 
     def compare(self, words: str) -> None:
         """Raise if a rank refused, or if not all say the same words."""
-        if _carries_cpu_tensors(self.group):
-            told = _tell(words, self.group)
-            _raise_refusals(told)
+        if carries_cpu_tensors(self.group):
+            told = tell(words, self.group)
+            raise_refusals(told)
             if len(set(told)) > 1:
                 raise ValueError("every rank must make the same call with the same tokens, got "
                                  + " | ".join(f"rank {rank}: {words}" for rank, words in enumerate(told)))
@@ -174,7 +172,7 @@ class ShardMerge:
         return self.shard.largest
 
     def __call__(self, local: TokenPass) -> tuple[TokenPass, torch.Tensor]:
-        merged, mass = merge_passes(_gather(torch.stack(local), self.shard.group), self.temperature, self.softcap)
+        merged, mass = merge_passes(gather(torch.stack(local), self.shard.group), self.temperature, self.softcap)
         return merged, mass[dist.get_rank(self.shard.group)]
 
 
@@ -209,11 +207,6 @@ def agreement(vocabulary: VocabularyShard | None) -> Iterator[Callable[..., None
     vocabulary.compare("; ".join(said))
 
 
-def checksum(values: object) -> str:
-    """Eight digits that differ where the representations of plain values do."""
-    return f"{zlib.crc32(repr(values).encode()):08x}"
-
-
 def _describe_call(name: str, hidden: torch.Tensor, tokens: torch.Tensor, head: Head, *options: str) -> str:
     """A call in words; token ids only where reading them costs no waiting."""
     ids = [f"tokens #{zlib.crc32(tokens.contiguous().numpy()):08x}"] if tokens.device.type == "cpu" else []
@@ -228,28 +221,3 @@ def _check_group(group: dist.ProcessGroup | None) -> None:
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed.ProcessGroup of which this rank is a member, or None; got "
                         f"{check.describe(group)}")
-
-
-def _carries_cpu_tensors(group: dist.ProcessGroup | None) -> bool:
-    return "cpu:" in dist.get_backend_config(group)
-
-
-def _gather(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    values = values.contiguous()
-    gathered = values.new_empty(dist.get_world_size(group), *values.shape)
-    dist.all_gather(list(gathered.unbind(0)), values, group=group)
-    return gathered
-
-
-def _tell(words: str, group: dist.ProcessGroup | None) -> list[str]:
-    """Every rank's words, in rank order."""
-    device = "cpu" if _carries_cpu_tensors(group) else torch.accelerator.current_accelerator()
-    text = words.encode()[:MESSAGE_BYTES]
-    message = torch.tensor(list(text.ljust(MESSAGE_BYTES, b"\0")), dtype=torch.uint8, device=device)
-    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in _gather(message, group).tolist()]
-
-
-def _raise_refusals(told: list[str]) -> None:
-    refusals = [f"rank {rank} {words}" for rank, words in enumerate(told) if words.startswith(REFUSED)]
-    if refusals:
-        raise ValueError("; ".join(refusals))

@@ -49,6 +49,16 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def report(tmp_path):
+    """``report(run, **options)`` writes a run's report and reads it as a ``report_pages.Page``."""
+    from report_pages import Page
+
+    from rlvr_fast.report import write_report
+
+    return lambda run, **options: Page(write_report(run, tmp_path / "page.html", **options))
+
+
 INTERPRETED_LOGITS = 3000  # the interpreter takes a second for about ten thousand
 HEAD_PASSES = ("torch", "native-avx512", "native-avx2", "native-baseline",
                pytest.param("triton-cpu", marks=pytest.mark.interpreter),

@@ -21,10 +21,13 @@ def shares(method: str, ranks: int) -> list:
     return (SPLIT if method == "sketch" else WHOLE)[ranks]
 
 
-def problem(step: int, rows) -> tuple[zoo.Batch, torch.Tensor]:
+def problem(step: int, rows, *, even_width: bool = False) -> tuple[zoo.Batch, torch.Tensor]:
     """The responses ``rows`` of a step's twelve, as a batch of its own, and their advantages."""
     generator = torch.Generator().manual_seed(step)
     whole = zoo.sample(generator, n_prompts=3, order=OWNERS, correct=CORRECT)
+    if even_width:  # as sequence-parallel plans ask
+        odd = whole.ids.shape[1] % 2
+        whole.ids, whole.mask = (torch.nn.functional.pad(x, (0, odd)) for x in (whole.ids, whole.mask))
     advantages = torch.randn(12, generator=generator)
     advantages[4:7] = 0.0
     rows = list(rows)

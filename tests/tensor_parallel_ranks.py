@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import gloo_ranks
 import model_zoo as zoo
 import tensor_parallel_models as models
 import torch
 import torch.distributed as dist
-from model_gap_problems import CORRECT, OWNERS, SPLIT, WHOLE
+from model_gap_problems import SPLIT, WHOLE
+from model_gap_problems import problem as responses_of
 from model_gap_ranks import figures
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -36,19 +38,7 @@ CASES = {2: [*(("sequence", None, method, "training") for method in METHODS), ("
              ("replicated norms", "loop", "ghost", "training"), ("own head", "ddp", "segmented", "training")]}
 
 
-def problem(step: int, rows) -> tuple[zoo.Batch, torch.Tensor]:
-    """The responses ``rows`` of a step's twelve and their advantages; of even width, as sequence-parallel plans ask."""
-    generator = torch.Generator().manual_seed(step)
-    whole = zoo.sample(generator, n_prompts=3, order=OWNERS, correct=CORRECT)
-    odd = whole.ids.shape[1] % 2
-    whole.ids, whole.mask = (torch.nn.functional.pad(x, (0, odd)) for x in (whole.ids, whole.mask))
-    advantages = torch.randn(12, generator=generator)
-    advantages[4:7] = 0.0
-    rows = list(rows)
-    part = whole.rows(rows)
-    part.rollouts = rf.Rollouts.from_padded(part.ids, part.mask, torch.tensor(CORRECT)[rows],
-                                            prompt_ids=[f"prompt {OWNERS[i]}" for i in rows])
-    return part, advantages[rows]
+problem = partial(responses_of, even_width=True)  # as sequence-parallel plans ask
 
 
 def rows_of(method: str, engine: str | None, data_rank: int) -> list[int]:

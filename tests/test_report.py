@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from report_pages import Page, lines
+from report_pages import lines
 from report_runs import full_run, gap_of, interference_of, meter_metrics
 
 from rlvr_fast.report import write_report
@@ -17,14 +17,6 @@ from rlvr_fast.run_log import RunLog
 
 pytest.importorskip("plotly")
 pytest.importorskip("jinja2")
-
-
-@pytest.fixture
-def report(tmp_path):
-    def write(run, **options) -> Page:
-        return Page(write_report(run, tmp_path / "page.html", **options))
-
-    return write
 
 
 # -- what the page says -----------------------------------------------------------------------------------------------

@@ -22,14 +22,6 @@ pytest.importorskip("plotly")
 pytest.importorskip("jinja2")
 
 
-@pytest.fixture
-def report(tmp_path):
-    def write(run, **options) -> Page:
-        return Page(write_report(run, tmp_path / "page.html", **options))
-
-    return write
-
-
 # -- what is read -----------------------------------------------------------------------------------------------------
 
 

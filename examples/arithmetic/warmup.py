@@ -21,16 +21,20 @@ def warm_up(policy: Policy, problems: torch.Tensor, held_out: torch.Tensor, targ
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95))
     for step in range(1, MAX_STEPS + 1):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, step / RAMP_STEPS)
-        batch = draw(problems, BATCH_SIZE, generator)
-        answers, mask = task.answer_tokens(batch)
-        hidden = policy(torch.cat([task.prompt_tokens(batch), answers[:, :-1]], 1))[:, task.PROMPT_LENGTH - 1:]
-        loss = F.cross_entropy(policy.lm_head(hidden[mask]), answers[mask])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        supervised_step(policy, optimizer, draw(problems, BATCH_SIZE, generator), task)
         if step % CHECK_EVERY == 0:
             success = exact_success(policy, held_out, task)
             on_check(step, success)
             if success >= target:
                 return success
     raise RuntimeError(f"warm-up: success rate {success:.3f} after {MAX_STEPS} steps, wanted {target}")
+
+
+def supervised_step(policy: Policy, optimizer: torch.optim.Optimizer, problems: torch.Tensor, task: Task) -> None:
+    """One step towards the right answers of ``problems``."""
+    answers, mask = task.answer_tokens(problems)
+    hidden = policy(torch.cat([task.prompt_tokens(problems), answers[:, :-1]], 1))[:, task.PROMPT_LENGTH - 1:]
+    loss = F.cross_entropy(policy.lm_head(hidden[mask]), answers[mask])
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from arithmetic.model import Policy
+from arithmetic.warmup import supervised_step
 from torch import nn
 
 import rlvr_fast as rf
@@ -30,12 +31,7 @@ def warm_up(policy: Policy, pools: Sequence[torch.Tensor], held_out: Sequence[to
         counts = torch.multinomial(share, WARM_UP_BATCH, True, generator=generator).bincount(minlength=len(pools))
         batch = torch.cat([pool[torch.randint(len(pool), (int(n),), generator=generator)]
                            for pool, n in zip(pools, counts, strict=True)])
-        answers, mask = task.answer_tokens(batch)
-        hidden = policy(torch.cat([task.prompt_tokens(batch), answers[:, :-1]], 1))[:, task.PROMPT_LENGTH - 1:]
-        loss = F.cross_entropy(policy.lm_head(hidden[mask]), answers[mask])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        supervised_step(policy, optimizer, batch, task)
         if step % 5 == 0 and exact_success(policy, held_out[0]) >= target:
             return step
     raise RuntimeError(f"warm-up: the easiest level stayed below {target} for {WARM_UP_MOST} steps")

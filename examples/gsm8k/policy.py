@@ -74,8 +74,8 @@ class Policy:
                 pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.tokenizer.eos_token_id)
             found = sequences[:, encoded.input_ids.shape[1]:]
             completions[rows, :found.shape[1]] = found
-        ended = (completions == self.tokenizer.eos_token_id).long().cumsum(1)
-        mask = ended - (completions == self.tokenizer.eos_token_id).long() == 0  # up to and including the first end
+        end = (completions == self.tokenizer.eos_token_id).long()
+        mask = end.cumsum(1) - end == 0  # up to and including the first end
         texts = [self.tokenizer.decode(row[keep], skip_special_tokens=True)
                  for row, keep in zip(completions, mask, strict=True)]
         rewards = torch.tensor([problem.reward(text) for problem, text in zip(owners, texts, strict=True)],

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from rlvr_fast.analyze import figures
 from rlvr_fast.analyze.responses import Responses, read_responses
+from rlvr_fast.strict_json import plain
 
 NO_GAP = ("successes alone do not tell a learnable prompt from a lucky guess: that takes a measured gap "
           "(rf.difficulty_spectrum)")
@@ -43,16 +43,16 @@ def analyze(path: str | Path, *, columns: dict[str, str | None] | None = None, t
         "summary": {
             "responses": len(responses.reward), "unscored": responses.unscored, "prompts": len(responses.prompt_names),
             "steps": len(groups.step.unique()), "groups": len(rate), "success": correct.double().mean().item(),
-            "success_stderr": figures.stderr(rate), "mixed": ((rate > 0) & (rate < 1)).double().mean().item(),
+            "success_stderr": figures.stderr(rate), "mixed": groups.mixed.mean().item(),
             "solved": (rate == 1).double().mean().item(), "failed": (rate == 0).double().mean().item(),
             "length_unit": responses.length_unit, "length_difference": difference,
             "length_difference_stderr": difference_stderr},
         "steps": figures.by_step(responses, correct, groups),
-        "spectrum": figures.spectrum(responses, groups),
+        "spectrum": figures.spectrum(groups),
         "difficulty": [] if responses.difficulty is None else figures.by_difficulty(responses, groups),
         "prompts": figures.by_prompt(responses, groups, prompts),
         "notes": _notes(responses, groups, n_mixed)}
-    return _finite(result)
+    return plain(result)
 
 
 def _notes(responses: Responses, groups: figures.Groups, n_mixed: int) -> list[str]:
@@ -72,12 +72,3 @@ def _notes(responses: Responses, groups: figures.Groups, n_mixed: int) -> list[s
         notes.append("gains are as seen on the step's own responses: in sample, typically too optimistic by 2 times or "
                      "more, unless these responses had no part in the update")
     return notes
-
-
-def _finite(value):
-    """NaN, which JSON does not have, as None."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

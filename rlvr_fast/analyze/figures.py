@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -24,22 +25,22 @@ FEW_DIFFICULTIES = 12
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """G groups, ordered by step and then by prompt. [G] int64 ``step``, ``prompt``; float64 counts and mean lengths.
+    """G groups of P prompts, ordered by step and then by prompt. [G] int64 ``step``, ``prompt``; float64 counts.
 
     ``difference``: mean length of correct minus that of incorrect responses, NaN unless the group has both.
     """
 
     step: torch.Tensor
     prompt: torch.Tensor
-    of_response: torch.Tensor
     n: torch.Tensor
     n_correct: torch.Tensor
     difference: torch.Tensor
+    n_prompts: int
 
     @classmethod
     def of(cls, responses: Responses, correct: torch.Tensor) -> Groups:
         steps, at = responses.step.unique(return_inverse=True)
-        n_prompts = max(len(responses.prompt_names), 1)
+        n_prompts = len(responses.prompt_names)
         keys, of_response = (at * n_prompts + responses.prompt).unique(return_inverse=True)
         class_of = 2 * of_response + correct
         n = torch.bincount(class_of, minlength=2 * len(keys)).double().view(-1, 2)
@@ -48,11 +49,25 @@ class Groups:
         else:
             total = torch.zeros(2 * len(keys), dtype=torch.float64).index_add_(0, class_of, responses.length)
             difference = (total.view(-1, 2) / n).diff(dim=1).squeeze(1)  # 0/0 is NaN: that class is empty
-        return cls(steps[keys // n_prompts], keys % n_prompts, of_response, n.sum(1), n[:, 1], difference)
+        return cls(steps[keys // n_prompts], keys % n_prompts, n.sum(1), n[:, 1], difference, n_prompts)
 
-    @property
+    @cached_property
     def rate(self) -> torch.Tensor:
         return self.n_correct / self.n
+
+    @cached_property
+    def mixed(self) -> torch.Tensor:
+        """[G] float64, 1 where the group has both classes."""
+        return ((self.n_correct > 0) & (self.n_correct < self.n)).double()
+
+    @cached_property
+    def of_prompts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[P] float64 responses and correct responses of each prompt over the whole run."""
+        return self.per_prompt(self.n), self.per_prompt(self.n_correct)
+
+    def per_prompt(self, values: torch.Tensor) -> torch.Tensor:
+        """Σ over the groups of each prompt: [G] -> [P]."""
+        return values.new_zeros(self.n_prompts).index_add(0, self.prompt, values)
 
 
 def classes(responses: Responses, threshold: float | None) -> torch.Tensor:
@@ -85,7 +100,7 @@ def by_step(responses: Responses, correct: torch.Tensor, groups: Groups) -> list
         group_at, response_at = group_at + n_groups, response_at + n
         rate = groups.rate[own]
         row = {"step": step, "prompts": n_groups, "responses": n, "success": rate.mean().item(),
-               "success_stderr": stderr(rate), "mixed": ((rate > 0) & (rate < 1)).double().mean().item(),
+               "success_stderr": stderr(rate), "mixed": groups.mixed[own].mean().item(),
                "solved": (rate == 1).double().mean().item(), "failed": (rate == 0).double().mean().item()}
         if responses.length is not None:
             row["length"] = responses.length[members].mean().item()
@@ -110,16 +125,10 @@ def step_effect(responses: Responses, correct: torch.Tensor, members: torch.Tens
             "mean_ratio": measured.mean_ratio.item()}
 
 
-def per_prompt(responses: Responses, groups: Groups) -> tuple[torch.Tensor, torch.Tensor]:
-    """[P] float64 responses and correct responses of each prompt over the whole run."""
-    zero = torch.zeros(len(responses.prompt_names), dtype=torch.float64)
-    return zero.index_add(0, groups.prompt, groups.n), zero.index_add(0, groups.prompt, groups.n_correct)
-
-
 def by_prompt(responses: Responses, groups: Groups, most: int) -> list[dict[str, object]]:
     """The prompts with the widest two-sided chance to learn, by p(1 − p) and then by rollouts: at most ``most``."""
-    n, n_correct = per_prompt(responses, groups)
-    mixed = torch.zeros_like(n).index_add_(0, groups.prompt, ((groups.rate > 0) & (groups.rate < 1)).double())
+    n, n_correct = groups.of_prompts
+    mixed = groups.per_prompt(groups.mixed)
     n_groups = torch.bincount(groups.prompt, minlength=len(n))
     rate = n_correct / n
     low, high = wilson(n_correct, n, Z95)
@@ -129,19 +138,18 @@ def by_prompt(responses: Responses, groups: Groups, most: int) -> list[dict[str,
              "mixed": (mixed[p] / n_groups[p]).item()} for p in order]
 
 
-def spectrum(responses: Responses, groups: Groups) -> list[dict[str, object]]:
+def spectrum(groups: Groups) -> list[dict[str, object]]:
     """Prompts binned by their success rate over the whole run."""
-    n, n_correct = per_prompt(responses, groups)
+    n, n_correct = groups.of_prompts
     rate = n_correct / n
     index = 1 + torch.bucketize(rate, BIN_EDGES)
     index = torch.where(rate == 0, 0, torch.where(rate == 1, len(BIN_LABELS) - 1, index))
-    return _bins(responses, groups, index, list(BIN_LABELS))
+    return _bins(groups, index, list(BIN_LABELS))
 
 
 def by_difficulty(responses: Responses, groups: Groups) -> list[dict[str, object]]:
     """Prompts binned by the dump's own difficulty: each value a bin if they are few, else deciles."""
-    n_prompts = len(responses.prompt_names)
-    difficulty = torch.full((n_prompts,), math.nan, dtype=torch.float64)
+    difficulty = torch.full((groups.n_prompts,), math.nan, dtype=torch.float64)
     difficulty[responses.prompt] = responses.difficulty
     if not torch.equal(difficulty[responses.prompt], responses.difficulty):
         raise ValueError("the difficulty of a prompt differs between its rows")
@@ -149,27 +157,24 @@ def by_difficulty(responses: Responses, groups: Groups) -> list[dict[str, object
     if len(values) > FEW_DIFFICULTIES:
         edges = difficulty.quantile(torch.linspace(0, 1, 11, dtype=torch.float64)).unique()
         labels = [f"{low:g} to {high:g}" for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)]
-        return _bins(responses, groups, torch.bucketize(difficulty, edges[1:-1], right=True), labels)
-    return _bins(responses, groups, torch.searchsorted(values, difficulty), [f"{value:g}" for value in values.tolist()])
+        return _bins(groups, torch.bucketize(difficulty, edges[1:-1], right=True), labels)
+    return _bins(groups, torch.searchsorted(values, difficulty), [f"{value:g}" for value in values.tolist()])
 
 
-def _bins(responses: Responses, groups: Groups, bin_of_prompt: torch.Tensor, labels: list[str]
-          ) -> list[dict[str, object]]:
+def _bins(groups: Groups, bin_of_prompt: torch.Tensor, labels: list[str]) -> list[dict[str, object]]:
     bin_of = bin_of_prompt[groups.prompt]
-    n, n_correct = per_prompt(responses, groups)
+    n, n_correct = groups.of_prompts
     independent = effective_rollouts(n_correct, n, bin_of_prompt, len(labels))
     rows = []
     for which, label in enumerate(labels):
         own = bin_of == which
-        rate = groups.rate[own]
-        if len(rate) == 0:
+        if not own.any():
             continue
         success = groups.n_correct[own].sum() / groups.n[own].sum()
         low, high = wilson(success * independent[which], independent[which], Z95)
         rows.append({"bin": label, "prompts": int((bin_of_prompt == which).sum()),
                      "rollouts": int(groups.n[own].sum()), "success": success.item(), "low": low.item(),
-                     "high": high.item(),
-                     "mixed": ((rate > 0) & (rate < 1)).double().mean().item(),
+                     "high": high.item(), "mixed": groups.mixed[own].mean().item(),
                      "length_difference": _finite_mean(groups.difference[own])[0]})
     return rows
 

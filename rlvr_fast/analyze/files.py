@@ -30,7 +30,7 @@ def rollout_files(path: str | Path) -> list[Path]:
         found = [file for file in path.iterdir() if file.is_file() and _reader(file) is not None]
         if not found:
             raise ValueError(f"{path} holds no rollout files ({', '.join(READERS)})")
-        return sorted(found, key=_natural)
+        return sorted(found, key=lambda file: natural(file.name))
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if _reader(path) is None:
@@ -54,28 +54,40 @@ def _reader(path: Path) -> Callable[[Path, frozenset[str] | None], Iterator[Row]
     return next((reader for suffix, reader in READERS.items() if path.name.lower().endswith(suffix)), None)
 
 
-def _natural(path: Path) -> list[tuple[int, int, str]]:
-    parts = re.split(r"(\d+)", path.name)
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part]
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sorts names by the numbers in them: 2 before 10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
 
 
-def _json_lines(path: Path, columns: frozenset[str] | None) -> Iterator[Row]:
-    opened = gzip.open if path.suffix == ".gz" else open
+def json_lines(path: Path, columns: frozenset[str] | None = None, *, cut_off: Callable[[], None] | None = None
+               ) -> Iterator[Row]:
+    """The objects of a JSONL file, also a gzipped one, as ``rows_of``.
+
+    Args:
+        cut_off: called for a last line that is cut off, as of a run that is being written, which is then left out. By
+            default that is refused.
+    """
     number, line = 0, ""
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
-                row = json.loads(line)
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    if line.endswith("\n"):
+                        parsed = isinstance(error, json.JSONDecodeError)
+                        detail = f"{error.msg} at column {error.colno}" if parsed else error
+                        raise ValueError(f"{path}, line {number}: no JSON ({detail})") from None
+                    if cut_off is None:
+                        raise ValueError(f"{path}, line {number}: the file is cut off in the middle of its last row; "
+                                         f"remove it with: sed -i '$d' {path}") from None
+                    cut_off()
+                    return
                 if not isinstance(row, dict):
                     raise ValueError(f"{path}, line {number}: must be a JSON object, got {line.strip()[:60]}")
                 yield row if columns is None else {name: row[name] for name in columns if name in row}
-    except json.JSONDecodeError as error:
-        if not line.endswith("\n"):
-            raise ValueError(f"{path}, line {number}: the file is cut off in the middle of its last row; "
-                             f"remove it with: sed -i '$d' {path}") from None
-        raise ValueError(f"{path}, line {number}: no JSON ({error.msg} at column {error.colno})") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}, after line {number}: not UTF-8 text") from None
     except (EOFError, gzip.BadGzipFile) as error:
@@ -115,4 +127,4 @@ def _npz(path: Path, columns: frozenset[str] | None) -> Iterator[Row]:
 
 
 READERS: dict[str, Callable[[Path, frozenset[str] | None], Iterator[Row]]] = {
-    ".jsonl": _json_lines, ".ndjson": _json_lines, ".jsonl.gz": _json_lines, ".parquet": _parquet, ".npz": _npz}
+    ".jsonl": json_lines, ".ndjson": json_lines, ".jsonl.gz": json_lines, ".parquet": _parquet, ".npz": _npz}

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rlvr_fast import _validate as check
+from rlvr_fast.distributed import checksum
 from rlvr_fast.model_gap import attach
 from rlvr_fast.model_gap.collect import GramCollector, SketchCollector, sketch_columns
 from rlvr_fast.model_gap.exact import ExactCollector
@@ -16,7 +17,7 @@ from rlvr_fast.model_gap.parallel import Ranks, refusals_told
 from rlvr_fast.model_gap.tensor_parallel import TensorParallel
 from rlvr_fast.model_gap.tensor_parallel_group import layer_group
 from rlvr_fast.rollouts import Rollouts
-from rlvr_fast.vocabulary_parallel import VocabularyShard, checksum
+from rlvr_fast.vocabulary_parallel import VocabularyShard
 
 METHODS = ("segmented", "ghost", "sketch", "exact")
 

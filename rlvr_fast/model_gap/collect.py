@@ -133,22 +133,19 @@ class GramCollector:
         shape, direction = (b.shape[1], a.shape[1]), self._along(name)
         longest = max(sum(len(piece[0]) for own in group for piece in own) for group in groups)
         most = max(len(group) for group in groups)
-        gradient, fused = None, want_gradient and len(held.outer) == 1
-        on_device = None if self.ghost else device_products(b, a, most)
-        if on_device is not None:  # ahead of the ghost rule, which counts torch's products
-            total = torch.zeros(shape, dtype=torch.float32, device=b.device) if fused else None
-            grams, dots = on_device(held.outer, [places for _, places in micro_batch.groups], direction=direction,
-                                    gradient=total)
-            if want_gradient:
-                gradient = total if fused else weight_gradient(b, a)
-        elif self.ghost or ghost_is_cheaper(longest, most, *shape):
-            gradient = weight_gradient(b, a) if want_gradient else None
+        on_device = None if self.ghost else device_products(b, a, most)  # the ghost rule counts torch's products
+        total = None
+        if on_device is None and (self.ghost or ghost_is_cheaper(longest, most, *shape)):
             grams, dots = ghost_gram(groups, direction)
         else:
-            total = torch.zeros(shape, dtype=accumulation_dtype(b.dtype), device=b.device) if fused else None
-            grams, dots = segmented_gram(groups, shape, direction, total)
-            if want_gradient:
-                gradient = total if fused else weight_gradient(b, a)
+            if want_gradient and len(held.outer) == 1:  # comes out of the same sweep
+                total = torch.zeros(shape, dtype=accumulation_dtype(b.dtype), device=b.device)
+            if on_device is None:
+                grams, dots = segmented_gram(groups, shape, direction, total)
+            else:
+                grams, dots = on_device(held.outer, [places for _, places in micro_batch.groups], direction=direction,
+                                        gradient=total)
+        gradient = weight_gradient(b, a) if want_gradient and total is None else total
         self._add(name, micro_batch, grams, dots)
         if name in micro_batch.embedding_ids:  # tied: keep the head's gradient on the rows that the embedding owns
             for responses, ids in zip(groups, self._looked_up(name, micro_batch), strict=True):

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 
 from rlvr_fast import _validate as check
+from rlvr_fast.distributed import REFUSED, checksum, gather, raise_refusals, tell
 from rlvr_fast.model_gap.collected import Collected, JoinedResponses
 from rlvr_fast.model_gap.segmented import accumulation_dtype
 from rlvr_fast.moments import Responses
 from rlvr_fast.rollouts import Rollouts
-from rlvr_fast.vocabulary_parallel import REFUSED, _gather, _raise_refusals, _tell, checksum
 
 WORDS_BYTES = 4096  # what a rank tells the others in words: why it refuses, or why parameters are not covered
 ALIGNMENT = 8  # bytes; every section of the buffer can be viewed in its dtype
@@ -39,7 +39,7 @@ def refusals_told(group: dist.ProcessGroup | None) -> Iterator[None]:
         yield
     except Exception as error:
         if group is not None:
-            _tell(REFUSED + str(error), group)
+            tell(REFUSED + str(error), group)
         raise
 
 
@@ -71,9 +71,9 @@ class Ranks:
                                           [stop - start for start, stop in pairwise(bounds)]))
         own = (rollouts.n_responses, max(map(len, rollouts.members)), len(self._description))
         model = checksum([(name, tuple(p.shape), str(p.dtype)) for name, p in parameters.items()])
-        told = _tell(f"{own[0]} {own[1]} {own[2]} {int(_numbered(rollouts))} {options}, {len(self.names)} parameters "
+        told = tell(f"{own[0]} {own[1]} {own[2]} {int(_numbered(rollouts))} {options}, {len(self.names)} parameters "
                      f"#{model}, directions #{checksum(self.directed)}", group)
-        _raise_refusals(told)
+        raise_refusals(told)
         told = [words.split(" ", 4) for words in told]
         if len({words[4] for words in told}) > 1:
             raise ValueError("every rank of the group must measure the same model in the same way, got "
@@ -115,7 +115,7 @@ class Ranks:
             raise
         received = self._exchange(self._pack(own))
         words = [bytes(part["words"].tolist()).rstrip(b"\0").decode(errors="replace") for part in received]
-        _raise_refusals(words)
+        raise_refusals(words)
         responses, reasons = self._responses(received), self._reasons(received, words)
         tables, dots = self._tables(received, reasons)
         return Collected(responses, _source({text.split("\n")[0] for text in words}),
@@ -148,7 +148,7 @@ class Ranks:
             flat = values.to(self.device).contiguous().view(-1).view(torch.uint8)
             buffer[starts[name]:starts[name] + len(flat)] = flat
         received = []
-        for sections, row in zip(self._sections, _gather(buffer, self.group), strict=True):
+        for sections, row in zip(self._sections, gather(buffer, self.group), strict=True):
             pieces = zip(sections.items(), pairwise(_stops(sections)), strict=True)
             received.append({name: row[start:stop].view(dtype).view(shape)
                              for (name, (dtype, shape)), (start, stop) in pieces})

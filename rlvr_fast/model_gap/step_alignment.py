@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 
 from rlvr_fast import _validate as check
-from rlvr_fast.estimates import _noise, _pooled_noise
+from rlvr_fast.estimates import class_noise
 from rlvr_fast.moments import GRAM_COLUMNS, Moments
 
 
@@ -102,9 +102,7 @@ def align(moments: Moments, grams: Sequence[torch.Tensor], weights: torch.Tensor
     """
     responses = moments.responses
     n, square, product = moments.count, moments.square, moments.product
-    total_sq = torch.stack([product[:, 0, 0], product[:, 1, 1]], 1)
-    noise = _noise(square, total_sq, n)
-    noise = torch.where(n == 1, _pooled_noise(square, total_sq, n), noise)
+    noise = class_noise(square, product.diagonal(dim1=1, dim2=2), n)
     along = None if vectors is None else _along(vectors, weights)
     columns = n.new_zeros(responses.n_prompts, 4)
     for prompt, (own, gram) in enumerate(zip(responses.by_prompt([len(gram) for gram in grams]), grams, strict=True)):

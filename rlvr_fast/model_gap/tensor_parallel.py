@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from rlvr_fast.distributed import checksum, raise_refusals, tell
 from rlvr_fast.model_gap.micro_batch import Spans
 from rlvr_fast.rollouts import Rollouts
-from rlvr_fast.vocabulary_parallel import VocabularyShard, _raise_refusals, _tell, checksum
+from rlvr_fast.vocabulary_parallel import VocabularyShard
 
 SHARD, WHOLE, PARTIAL = "shard", "whole", "partial"
 
@@ -97,9 +98,9 @@ class TensorParallel:
     def agree(self, rollouts: Rollouts, options: str) -> None:
         """Collective: raise on every rank if one refused its arguments, or if they do not measure the same thing."""
         same = checksum((rollouts.prompt_ids, rollouts.members, rollouts.bounds))
-        told = _tell(f"{options}, {len(self.shapes)} parameters #{checksum(sorted(self.shapes.items()))}, "
+        told = tell(f"{options}, {len(self.shapes)} parameters #{checksum(sorted(self.shapes.items()))}, "
                      f"{rollouts.n_responses} responses #{same}", self.group)
-        _raise_refusals(told)
+        raise_refusals(told)
         if len(set(told)) > 1:
             raise ValueError("every rank that shares the model's layers must measure the same responses in the same "
                              "way, got " + " | ".join(f"rank {rank}: {words}" for rank, words in enumerate(told)))

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from rlvr_fast.distributed import REFUSED, raise_refusals
 from rlvr_fast.model_gap.collect import vector_products
 from rlvr_fast.model_gap.micro_batch import MicroBatch
 from rlvr_fast.model_gap.segmented import accumulation_dtype
 from rlvr_fast.model_gap.tensor_parallel import PARTIAL, WHOLE, TensorParallel
 from rlvr_fast.model_gap.tensor_parallel_head import sample_width
 from rlvr_fast.rollouts import Rollouts
-from rlvr_fast.vocabulary_parallel import REFUSED, _raise_refusals
 
 WORDS = 2048  # bytes in which a rank says why it refuses, or why parameters are not covered
 AGREEMENT = 1e-3  # how far, relative, what every rank holds whole may differ between ranks: rounding, on some devices
@@ -95,7 +95,7 @@ class Join:
         self._say("\n".join(distinct))
         dist.all_reduce(self.buffer, group=self.spread.group)
         words = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in self.view["words"].byte().tolist()]
-        _raise_refusals(words)
+        raise_refusals(words)
         reasons = self._reasons(words)
         tables, dots = self._tables(reasons), self._dots(reasons)
         if not self.sketched:

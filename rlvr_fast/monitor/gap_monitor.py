@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from rlvr_fast import _validate as check
 from rlvr_fast.advantages import ESTIMATORS
+from rlvr_fast.distributed import checksum
 from rlvr_fast.gap import Gap
 from rlvr_fast.model_gap.result import ModelGapResult
 from rlvr_fast.monitor.gaps import GradientRows, PromptRows, response_keys, update_gap
@@ -23,7 +24,6 @@ from rlvr_fast.monitor.sums import window_sums
 from rlvr_fast.rollouts import Rollouts
 from rlvr_fast.step_size import StepMeasure
 from rlvr_fast.token_stats import TokenStats
-from rlvr_fast.vocabulary_parallel import checksum
 
 LEVELS = ("logits", "hidden", "head", "model")
 

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 
 from rlvr_fast import _validate as check
+from rlvr_fast.distributed import carrier, gather
 from rlvr_fast.monitor.gaps import PROMPT_COLUMNS, GradientRows, PromptRows
 from rlvr_fast.monitor.inputs import COLUMNS, ResponseRows
 from rlvr_fast.step_size import StepMeasure
-from rlvr_fast.vocabulary_parallel import _carries_cpu_tensors, _gather
 
 STEP_COLUMNS = ("step_slope", "step_curvature", "var_step_curvature", "step_rate", "steps")
 SCALARS = ("bytes", "configuration", "window", "spent", "window_seconds", "responses", "gradients", "width", "prompts",
@@ -99,7 +99,7 @@ class Exchange:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu") if _carries_cpu_tensors(self.group) else torch.accelerator.current_accelerator()
+        return carrier(self.group)
 
     def gather(self, own: Increment, scalars: dict[str, float]) -> tuple[Increment, list[dict[str, float]]]:
         """(the increments of all ranks joined, in rank order; each rank's scalars). Collective."""
@@ -115,7 +115,7 @@ class Exchange:
             buffer = flat.new_zeros(self.buffer_bytes)
             kept = min(self.buffer_bytes, size)
             buffer[:kept] = flat[:kept]
-            received = _gather(buffer, self.group)
+            received = gather(buffer, self.group)
             self.collectives += 1
             heads = [dict(zip(SCALARS, row.tolist(), strict=True))
                      for row in received[:, :8 * len(SCALARS)].contiguous().view(torch.float64)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from rlvr_fast.estimates import _noise, _pooled_noise, estimate_gap
+from rlvr_fast.estimates import class_noise, estimate_gap
 from rlvr_fast.kappa import PROPORTIONAL
 from rlvr_fast.moments import GRAM_COLUMNS, ResponseGradients, Responses
 from rlvr_fast.monitor.gaps import PROMPT_COLUMNS, GradientRows, PromptRows
@@ -217,9 +217,7 @@ def _gradient_sums(rows: GradientRows) -> dict[str, float]:
 
     # Batch gap and update are Σ a_i G_i and Σ b_i G_i. Their inner products are too large by Σ a_i b_i tr Σ of the
     # response's class: the noise that agrees with itself [derived].
-    total_sq = torch.stack([moments.product[:, 0, 0], moments.product[:, 1, 1]], 1)
-    noise = _noise(square, total_sq, count)
-    noise = torch.where(count == 1, _pooled_noise(square, total_sq, count), noise)
+    noise = class_noise(square, moments.product.diagonal(dim1=1, dim2=2), count)
     own = responses.correct.long()
     noise, size, here = noise[prompt_index, own], count[prompt_index, own], usable[prompt_index]
     towards_gap = torch.where(here, (2.0 * own - 1) / size, 0.0) / usable.sum()

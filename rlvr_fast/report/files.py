@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlvr_fast.analyze.files import READERS
+from rlvr_fast.analyze.files import READERS, json_lines, natural
 
 METRICS = ("metrics.jsonl", "steps.jsonl", "metrics.jsonl.gz", "steps.jsonl.gz")
 STATE, DETAILS = "trainer_state.json", "details.json"
@@ -42,7 +40,7 @@ def find_files(run: str | Path, rollouts: str | Path | None = None) -> RunFiles:
     if not run.is_dir() and _is_rollouts(run):
         beside = [run]
     else:
-        beside = sorted((path for path in folder.iterdir() if _is_rollouts(path)), key=lambda path: _natural(path.name))
+        beside = sorted((path for path in folder.iterdir() if _is_rollouts(path)), key=lambda path: natural(path.name))
     dump = Path(rollouts) if rollouts is not None else (beside[0] if beside else None)
     details = folder / DETAILS
     found = RunFiles(steps, dump, details if details.is_file() else None, tuple(beside[1:] if rollouts is None else ()))
@@ -60,11 +58,7 @@ def _steps_of(folder: Path) -> tuple[Path, ...]:
     if saved:  # the last one holds the log of all that came before it
         return (max(saved, key=lambda path: int(path.parent.name[11:])),)
     lines = (path for path in folder.iterdir() if path.name.endswith(LINES) and not _is_rollouts(path))
-    return tuple(sorted(lines, key=lambda path: _natural(path.name)))
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+    return tuple(sorted(lines, key=lambda path: natural(path.name)))
 
 
 def _is_rollouts(path: Path) -> bool:
@@ -83,26 +77,8 @@ def rows_of(path: Path, notes: list[str]) -> Iterator[dict]:
     if path.suffix == ".json":
         yield from _log_history(path)
         return
-    number, line = 0, ""
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    if line.endswith("\n"):
-                        raise ValueError(f"{path}, line {number}: no JSON ({error})") from None
-                    notes.append(f"The last line of {path.name} is cut off and left out.")
-                    return
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path}, line {number}: must be a JSON object, got {line.strip()[:60]}")
-                yield row
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}, after line {number}: not UTF-8 text") from None
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}, after line {number}: not a whole gzip file ({error})") from None
+    cut_off = f"The last line of {path.name} is cut off and left out."
+    yield from json_lines(path, cut_off=lambda: notes.append(cut_off))
 
 
 def _log_history(path: Path) -> list[dict]:

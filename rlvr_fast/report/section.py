@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from rlvr_fast.strict_json import plain
+
 POINTS = 1000  # of a line; more cannot be told apart on a screen
 ROWS = 40  # of the table of a figure over steps
 NOTHING = "–"
@@ -134,14 +136,3 @@ def number(value: float | None, how: str = ".3g") -> str:
 def with_error(value: float | None, error: float | None, how: str = ".3g") -> str:
     shown = number(value, how)
     return shown if error is None or math.isnan(error) or shown == NOTHING else f"{shown} ± {number(error, '.2g')}"
-
-
-def plain(value: object) -> object:
-    """Arrays as lists, and None for what JSON does not have."""
-    if isinstance(value, Mapping):
-        return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

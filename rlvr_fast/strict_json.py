@@ -1,0 +1,19 @@
+"""Values as strict JSON has them, which knows neither NaN nor infinities nor arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+
+def plain(value: object) -> object:
+    """Arrays and tuples as lists, keys as text, and None for a number that is not finite."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
