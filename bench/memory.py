@@ -16,7 +16,7 @@ from registry import SUITES
 from resident_memory import reset_high_water_mark, return_free_memory, status
 from workload import RESPONSES, Shape, Workload
 
-PRELOAD = ("rlvr_fast.step_size", "trl.trainer.utils", "pytest", "rich.table")
+PRELOAD = ("rlvr_fast.step.measure", "trl.trainer.utils", "pytest", "rich.table")
 
 
 def peak_extra_bytes(requests: list[tuple[str, int]], shape: Shape, threads: int) -> list[int | str]:

@@ -12,7 +12,7 @@ from workload import GROUP_SIZE, RESPONSES, Workload
 
 import rlvr_fast as rf
 from rlvr_fast import reference
-from rlvr_fast.step_size import StepMeasure, measure_step
+from rlvr_fast.step.measure import StepMeasure, measure_step
 
 CALLS = 20
 

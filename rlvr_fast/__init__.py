@@ -4,7 +4,6 @@ import importlib
 
 from rlvr_fast.advantages import advantages, advantages_and_weights, loss_weights
 from rlvr_fast.backends import available as available_backends
-from rlvr_fast.directional_scores import DirectionalScores, directional_scores
 from rlvr_fast.gap import Gap, gap_from_gradients, gradient_gap
 from rlvr_fast.kappa import kappa, population_kappa, recover_from_advantages
 from rlvr_fast.linear_logprob import linear_logprob
@@ -15,13 +14,21 @@ from rlvr_fast.monitor import GapMonitor
 from rlvr_fast.rollouts import Rollouts
 from rlvr_fast.run_log import RunLog
 from rlvr_fast.spectrum import DifficultySpectrum, Mixture, SpectrumSampler, difficulty_spectrum
-from rlvr_fast.step_bounds import theorem_step_bound, token_step_bound
-from rlvr_fast.step_curve import StepCurve, crossing
-from rlvr_fast.step_guard import StepGuard, StepWarning
-from rlvr_fast.step_meter import StepMeter
-from rlvr_fast.step_reading import StepReading
-from rlvr_fast.step_scan import scan_step
-from rlvr_fast.step_size import StepMeasure, measure_step
+from rlvr_fast.step import (
+    DirectionalScores,
+    StepCurve,
+    StepGuard,
+    StepMeasure,
+    StepMeter,
+    StepReading,
+    StepWarning,
+    crossing,
+    directional_scores,
+    measure_step,
+    scan_step,
+    theorem_step_bound,
+    token_step_bound,
+)
 from rlvr_fast.token_stats import TokenStats, token_stats, token_stats_from_logits, token_stats_from_logprobs
 from rlvr_fast.tuned_tiles import load_tiles
 from rlvr_fast.vocabulary_parallel import VocabularyShard

@@ -7,7 +7,7 @@ import math
 import torch
 
 from rlvr_fast import Rollouts
-from rlvr_fast.step_size import measure_step
+from rlvr_fast.step.measure import measure_step
 
 NAN = math.nan
 OFFSET = -100.0  # any log-prob to start from: only differences count

@@ -25,7 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import rlvr_fast as rf
 from rlvr_fast.integrations.trl import PROMPT, REWARD, SUCCESS_RATE, _loss_mask, instrument
-from rlvr_fast.step_guard import StepGuard, StepWarning
+from rlvr_fast.step.guard import StepGuard, StepWarning
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 GENERATIONS = 4

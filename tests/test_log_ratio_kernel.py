@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton")
 
 from rlvr_fast import Rollouts  # noqa: E402
 from rlvr_fast.kernels.log_ratio_moments import BLOCK_TOKENS, log_ratio_sums  # noqa: E402
-from rlvr_fast.step_size import measure_step  # noqa: E402
+from rlvr_fast.step.measure import measure_step  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.interpreter

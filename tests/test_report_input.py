@@ -16,7 +16,7 @@ from rlvr_fast.monitor.metrics import METRICS
 from rlvr_fast.report import keys, write_report
 from rlvr_fast.report.load import load
 from rlvr_fast.run_log import RunLog
-from rlvr_fast.step_reading import StepReading
+from rlvr_fast.step.reading import StepReading
 
 pytest.importorskip("plotly")
 pytest.importorskip("jinja2")

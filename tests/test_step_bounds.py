@@ -9,7 +9,7 @@ import torch
 from closed_form import SignPolicy
 
 from rlvr_fast import reference_step as reference
-from rlvr_fast.step_bounds import theorem_step_bound, token_step_bound
+from rlvr_fast.step.bounds import theorem_step_bound, token_step_bound
 
 
 @pytest.mark.parametrize("tight", [False, True])

@@ -13,8 +13,8 @@ import torch
 import rlvr_fast as rf
 from rlvr_fast.simulate.lines import success
 from rlvr_fast.simulate.problems import SignTask, sample
-from rlvr_fast.step_guard import StepGuard, StepWarning
-from rlvr_fast.step_meter import StepMeter
+from rlvr_fast.step.guard import StepGuard, StepWarning
+from rlvr_fast.step.meter import StepMeter
 
 TASK = SignTask(64, (4, 8, 12))
 START, OPTIMUM = 0.2, float(success(TASK, torch.zeros(1, dtype=torch.float64)))
@@ -407,7 +407,7 @@ def test_measures_on_schedule():
 def test_measures_within_its_share_of_the_time(monkeypatch):
     """A clock on which a measurement takes 1 s and everything else 0.1 s: at a share of 10 % every 90th step."""
     now = [0.0]
-    monkeypatch.setattr("rlvr_fast.step_guard.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("rlvr_fast.step.guard.time.perf_counter", lambda: now[0])
     loop, measured = Loop(0.001, "warn", share=0.1), []
     for k in range(200):
         rollouts, logp_fn = loop.sample() if loop.guard.due else (None, None)

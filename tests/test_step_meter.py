@@ -10,11 +10,11 @@ from closed_form import SignPolicy
 
 from rlvr_fast import Rollouts
 from rlvr_fast import reference_step as reference
-from rlvr_fast.directional_scores import DirectionalScores, directional_scores
 from rlvr_fast.simulate.coverage import problem_of
 from rlvr_fast.simulate.problems import Bandit, sample
-from rlvr_fast.step_fit import curvature_row, fit_step, mean_slope_row, slope_row
-from rlvr_fast.step_meter import StepMeter
+from rlvr_fast.step.directional_scores import DirectionalScores, directional_scores
+from rlvr_fast.step.fit import curvature_row, fit_step, mean_slope_row, slope_row
+from rlvr_fast.step.meter import StepMeter
 
 
 def end_of_step(fraction=0.8, regime="middle", seed=0, n_prompts=64, group_size=8):

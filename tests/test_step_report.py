@@ -9,7 +9,7 @@ import torch
 from closed_form import SignPolicy
 from step_batches import NAN, measure_log_ratios, one_token_rollouts, ragged_batch
 
-from rlvr_fast.step_size import measure_step
+from rlvr_fast.step.measure import measure_step
 
 
 def big_batch(step=0.05, shift=0.0):

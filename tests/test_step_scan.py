@@ -9,7 +9,7 @@ import torch
 from closed_form import SignPolicy
 
 from rlvr_fast import Rollouts
-from rlvr_fast.step_scan import crossing, scan_step
+from rlvr_fast.step.scan import crossing, scan_step
 
 
 class SignModel:

@@ -12,7 +12,7 @@ import torch
 from arithmetic.records import Forecast, log_odds
 
 import rlvr_fast as rf
-from rlvr_fast.step_scan import crossing
+from rlvr_fast.step.scan import crossing
 
 TRAINING = ("sampling", "training")  # sections of the clock
 ANALYSIS = ("gap", "head gap", "held-out rollouts", "scan", "end slope")  # its "truth" belongs to neither

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlvr_fast.step_scan import crossing
+from rlvr_fast.step.scan import crossing
 from step_sizes.records import Run, Step
 from step_sizes.replay import SMOOTHING
 

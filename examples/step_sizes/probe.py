@@ -9,7 +9,7 @@ from arithmetic.model import Policy
 from arithmetic.sampling import Samples, exact_success
 from arithmetic.task import Task
 
-from rlvr_fast.step_line import StepLine
+from rlvr_fast.step.line import StepLine
 from step_sizes.shared_prompts import completion_logp
 
 Update = dict[torch.Tensor, torch.Tensor]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 import rlvr_fast as rf
-from rlvr_fast.directional_scores import DirectionalScores, directional_scores
+from rlvr_fast.step.directional_scores import DirectionalScores, directional_scores
 from step_sizes.log import Evidence, RunLog, StepLog
 from step_sizes.records import Reading, Run, Slope, Step
 from step_sizes.training import EPSILON

@@ -15,7 +15,7 @@ import torch
 from rlvr_fast.analyze.responses import Responses
 from rlvr_fast.rollouts import Rollouts
 from rlvr_fast.spectrum.evidence import effective_rollouts, wilson
-from rlvr_fast.step_size import measure_step
+from rlvr_fast.step.measure import measure_step
 
 Z95 = 1.959963984540054
 BIN_EDGES = torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=torch.float64)

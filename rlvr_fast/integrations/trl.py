@@ -28,7 +28,7 @@ from rlvr_fast.gap import gradient_gap
 from rlvr_fast.integrations.causal_lm import HiddenStates, NotMeasurable, base_model
 from rlvr_fast.monitor import GapMonitor
 from rlvr_fast.rollouts import Rollouts
-from rlvr_fast.step_guard import StepGuard
+from rlvr_fast.step.guard import StepGuard
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer

@@ -22,7 +22,7 @@ from rlvr_fast.monitor.metrics import metrics_of
 from rlvr_fast.monitor.schedule import Schedule
 from rlvr_fast.monitor.sums import window_sums
 from rlvr_fast.rollouts import Rollouts
-from rlvr_fast.step_size import StepMeasure
+from rlvr_fast.step.measure import StepMeasure
 from rlvr_fast.token_stats import TokenStats
 
 LEVELS = ("logits", "hidden", "head", "model")

@@ -12,7 +12,7 @@ from rlvr_fast import _validate as check
 from rlvr_fast.distributed import carrier, gather
 from rlvr_fast.monitor.gaps import PROMPT_COLUMNS, GradientRows, PromptRows
 from rlvr_fast.monitor.inputs import COLUMNS, ResponseRows
-from rlvr_fast.step_size import StepMeasure
+from rlvr_fast.step.measure import StepMeasure
 
 STEP_COLUMNS = ("step_slope", "step_curvature", "var_step_curvature", "step_rate", "steps")
 SCALARS = ("bytes", "configuration", "window", "spent", "window_seconds", "responses", "gradients", "width", "prompts",

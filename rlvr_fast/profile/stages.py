@@ -11,7 +11,7 @@ from rlvr_fast.advantages import advantages, loss_weights
 from rlvr_fast.gap import gradient_gap
 from rlvr_fast.linear_logprob import linear_logprob
 from rlvr_fast.profile.shape import Shape
-from rlvr_fast.step_size import measure_step
+from rlvr_fast.step.measure import measure_step
 from rlvr_fast.synthetic import SyntheticBatch
 from rlvr_fast.token_stats import token_stats
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from rlvr_fast.report.load import Column, Series
 from rlvr_fast.report.section import text
-from rlvr_fast.step_reading import VERDICT_CODES
+from rlvr_fast.step.reading import VERDICT_CODES
 
 Z95, MARGIN = 1.96, 2.0  # as in rf.StepMeter
 RECENT = 10

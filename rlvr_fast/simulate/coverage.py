@@ -18,8 +18,8 @@ from rlvr_fast.simulate.lines import derivatives, gain, success
 from rlvr_fast.simulate.output import Report
 from rlvr_fast.simulate.problems import SignTask, sample
 from rlvr_fast.simulate.runs import scan
-from rlvr_fast.step_scan import StepCurve
-from rlvr_fast.step_size import measure_step
+from rlvr_fast.step.measure import measure_step
+from rlvr_fast.step.scan import StepCurve
 
 LENGTH, Z95 = 16, 1.96
 REGIMES = {  # margins and θ

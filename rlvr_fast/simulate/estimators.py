@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from rlvr_fast.simulate.problems import Batch, Problem
-from rlvr_fast.step_size import measure_step
+from rlvr_fast.step.measure import measure_step
 
 Tensor = torch.Tensor
 

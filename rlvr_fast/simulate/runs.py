@@ -9,7 +9,7 @@ import torch
 from rlvr_fast.simulate.lines import break_even, success
 from rlvr_fast.simulate.problems import Problem, sample
 from rlvr_fast.simulate.rules import Rule
-from rlvr_fast.step_scan import StepCurve, scan_step
+from rlvr_fast.step.scan import StepCurve, scan_step
 
 Tensor = torch.Tensor
 

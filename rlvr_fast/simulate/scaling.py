@@ -22,7 +22,7 @@ from rlvr_fast.simulate.output import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
 from rlvr_fast.simulate.problems import SignTask, sample
 from rlvr_fast.simulate.rules import Rule
 from rlvr_fast.simulate.runs import scan
-from rlvr_fast.step_bounds import theorem_step_bound, token_step_bound
+from rlvr_fast.step.bounds import theorem_step_bound, token_step_bound
 
 LENGTHS = (64, 128, 256, 512, 1024)
 RULES = {"unit norm: step length": Rule("unit_norm"), "grpo: rate": Rule("grpo"),

@@ -15,15 +15,15 @@ from typing import NamedTuple
 
 import torch
 
-from rlvr_fast.directional_scores import DirectionalScores, directional_scores
 from rlvr_fast.simulate import coverage
 from rlvr_fast.simulate.lines import break_even, first_loss, success
 from rlvr_fast.simulate.output import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Report, label, panels, table
 from rlvr_fast.simulate.problems import Bandit, Batch, Problem, sample
 from rlvr_fast.simulate.rules import Rule
 from rlvr_fast.simulate.runs import scan
-from rlvr_fast.step_meter import StepMeter
-from rlvr_fast.step_size import measure_step
+from rlvr_fast.step.directional_scores import DirectionalScores, directional_scores
+from rlvr_fast.step.measure import measure_step
+from rlvr_fast.step.meter import StepMeter
 
 Tensor = torch.Tensor
 N_PROMPTS, GROUP_SIZE, N_SMOOTHED = 64, 8, 5

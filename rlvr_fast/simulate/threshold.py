@@ -14,8 +14,8 @@ from rlvr_fast.simulate.output import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
 from rlvr_fast.simulate.problems import Bandit, SignTask, sample
 from rlvr_fast.simulate.rules import Rule
 from rlvr_fast.simulate.runs import fixed_rate, relative, scan
-from rlvr_fast.step_bounds import theorem_step_bound, token_step_bound
-from rlvr_fast.step_size import measure_step
+from rlvr_fast.step.bounds import theorem_step_bound, token_step_bound
+from rlvr_fast.step.measure import measure_step
 
 TASK, THETA = SignTask(64, (4, 8, 12)), 0.06
 N_PROMPTS, GROUP_SIZE = 128, 64

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlvr_fast.step_size import EFFECTIVE_COUNT, StepMeasure
+from rlvr_fast.step.measure import EFFECTIVE_COUNT, StepMeasure
 
 
 @dataclass(frozen=True, eq=False, repr=False)

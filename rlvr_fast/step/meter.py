@@ -20,13 +20,13 @@ from collections.abc import Callable
 import torch
 
 from rlvr_fast import _validate as check
-from rlvr_fast.directional_scores import DirectionalScores
 from rlvr_fast.rollouts import Rollouts
-from rlvr_fast.step_bounds import theorem_step_bound, token_step_bound
-from rlvr_fast.step_fit import StepFit, curvature_row, fit_step, mean_slope_row, slope_row
-from rlvr_fast.step_reading import BinReading, PromptReading, StepReading
-from rlvr_fast.step_size import CLASS_FLOOR
-from rlvr_fast.step_sums import StepSums, SumsRow
+from rlvr_fast.step.bounds import theorem_step_bound, token_step_bound
+from rlvr_fast.step.directional_scores import DirectionalScores
+from rlvr_fast.step.fit import StepFit, curvature_row, fit_step, mean_slope_row, slope_row
+from rlvr_fast.step.measure import CLASS_FLOOR
+from rlvr_fast.step.reading import BinReading, PromptReading, StepReading
+from rlvr_fast.step.sums import StepSums, SumsRow
 
 NAN = math.nan
 

@@ -14,7 +14,7 @@ from rlvr_fast import reference_step as reference
 from rlvr_fast.simulate.coverage import problem_of
 from rlvr_fast.simulate.lines import success
 from rlvr_fast.simulate.problems import sample
-from rlvr_fast.step_size import measure_step
+from rlvr_fast.step.measure import measure_step
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -14,8 +14,8 @@ import torch
 
 from rlvr_fast import _validate as check
 from rlvr_fast.rollouts import Rollouts
-from rlvr_fast.step_line import StepLine
-from rlvr_fast.step_statistics import LOGP_DTYPES, log_ratios
+from rlvr_fast.step.line import StepLine
+from rlvr_fast.step.statistics import LOGP_DTYPES, log_ratios
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -15,9 +15,9 @@ import torch
 
 from rlvr_fast import _validate as check
 from rlvr_fast.rollouts import Rollouts
-from rlvr_fast.step_curve import StepCurve, crossing
-from rlvr_fast.step_line import StepLine
-from rlvr_fast.step_size import CLASS_FLOOR, EFFECTIVE_SHARE, measure_step
+from rlvr_fast.step.curve import StepCurve, crossing
+from rlvr_fast.step.line import StepLine
+from rlvr_fast.step.measure import CLASS_FLOOR, EFFECTIVE_SHARE, measure_step
 
 __all__ = ["StepCurve", "crossing", "scan_step"]
 

@@ -30,7 +30,7 @@ import torch
 
 from rlvr_fast import _validate as check
 from rlvr_fast.rollouts import Rollouts
-from rlvr_fast.step_statistics import Groups, log_ratios, quadratic_peak
+from rlvr_fast.step.statistics import Groups, log_ratios, quadratic_peak
 
 EFFECTIVE_SHARE, EFFECTIVE_COUNT = 0.1, 10
 """Ratio estimates are not to be believed when the effective sample size is below this share of the responses or below

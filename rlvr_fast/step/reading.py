@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
-from rlvr_fast.directional_scores import DirectionalScores
 from rlvr_fast.rollouts import Rollouts
-from rlvr_fast.step_statistics import Groups
+from rlvr_fast.step.directional_scores import DirectionalScores
+from rlvr_fast.step.statistics import Groups
 
 VERDICT_CODES = {"overshoot": -1.0, "undetermined": 0.0, "near": 1.0, "safe": 2.0}
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from rlvr_fast.directional_scores import DirectionalScores
 from rlvr_fast.rollouts import Rollouts
-from rlvr_fast.step_size import EFFECTIVE_COUNT, EFFECTIVE_SHARE
-from rlvr_fast.step_statistics import Groups
+from rlvr_fast.step.directional_scores import DirectionalScores
+from rlvr_fast.step.measure import EFFECTIVE_COUNT, EFFECTIVE_SHARE
+from rlvr_fast.step.statistics import Groups
 
 FIGURES = ("slope", "curvature", "mean_slope")
 COLUMNS = (*(f"n_{name}" for name in FIGURES), *FIGURES, "n_prompts", "success", "reward_variance")

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from rlvr_fast import _validate as check
-from rlvr_fast.directional_scores import DirectionalScores, directional_scores
 from rlvr_fast.rollouts import Rollouts
-from rlvr_fast.step_meter import StepMeter
-from rlvr_fast.step_reading import StepReading
-from rlvr_fast.step_statistics import log_ratios
+from rlvr_fast.step.directional_scores import DirectionalScores, directional_scores
+from rlvr_fast.step.meter import StepMeter
+from rlvr_fast.step.reading import StepReading
+from rlvr_fast.step.statistics import log_ratios
 
 MODES = ("warn", "scale", "backtrack")
 SHORTEST, LONGEST = 0.2, 1.5  # one measurement changes the allowed learning rate by no more than these factors
