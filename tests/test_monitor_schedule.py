@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from itertools import pairwise
 
 import pytest
@@ -120,35 +119,44 @@ def test_a_window_that_is_not_measured_costs_nothing_and_reports_nothing():
     assert reported == [True, False, False, True, False, False, True]
 
 
+def on_clock(**options) -> tuple[GapMonitor, Clock]:
+    """A monitor whose own work takes no time on the clock that comes with it."""
+    clock = Clock()
+    monitor = GapMonitor(**options)
+    monitor._schedule = Schedule(1, options["budget"], clock)
+    return monitor, clock
+
+
 def test_overhead_is_reported_and_the_callers_own_work_counts():
-    monitor = GapMonitor(budget=None)
+    monitor, clock = on_clock(budget=None)
     for window in range(3):
         with monitor.timed():
-            time.sleep(0.02)
-        time.sleep(0.01)
+            clock.now += 0.02
+        clock.now += 0.06
         monitor.update(rewards=REWARDS, prompt_ids=[0, 0])
         found = monitor.compute()
         monitor.reset()
-        assert 20 <= found["rlvr/time/overhead_ms"] < 2000
+        assert found["rlvr/time/overhead_ms"] == pytest.approx(20)
         assert found["rlvr/time/windows"] == 1
         assert ("rlvr/time/overhead_share" in found) == (window == 2)  # a whole window has been seen
-    assert 0 < found["rlvr/time/overhead_share"] < 1
+    assert found["rlvr/time/overhead_share"] == pytest.approx(0.25)
 
 
-def test_an_expensive_monitor_spaces_itself_out_in_real_time():
-    monitor = GapMonitor(budget=0.1)
+def test_an_expensive_monitor_spaces_itself_out():
+    monitor, clock = on_clock(budget=0.1)
     measured = []
-    for window in range(30):
-        time.sleep(0.002)
+    for window in range(60):
+        clock.now += 0.002
         if monitor.due:
             measured.append(window)
             with monitor.timed():
-                time.sleep(0.004)
+                clock.now += 0.004
         monitor.update(rewards=REWARDS, prompt_ids=[0, 0])
         monitor.compute()
         monitor.reset()
     assert measured[0] == 0
-    assert 3 < len(measured) <= 6  # the first three, then one in twenty where sleeps are exact
+    assert all(late - early >= 18 for early, late in pairwise(measured[2:]))  # 4 ms in 18 x 2 ms + 4 ms are a tenth
+    assert 4 <= len(measured) <= 6
 
 
 def test_the_schedule_survives_a_checkpoint():
