@@ -50,7 +50,7 @@ def meter_metrics(step: int) -> dict[str, float]:
         "rlvr/step/meter/gain_stderr": 0.004, "rlvr/gap/norm_sq": 0.2 + 0.05 * math.sin(step),
         "rlvr/gap/norm_sq_stderr": 0.03, "rlvr/group/frac_mixed": 0.8, "rlvr/group/frac_solved": 0.15,
         "rlvr/group/frac_failed": 0.05, "rlvr/length/mean": 120 + step, "rlvr/length/bias_index": 0.1,
-        "rlvr/sharpening/alignment": 1.0}
+        "rlvr/gap/cos_update": 0.9 - 0.01 * step, "rlvr/signal_to_noise": 0.5, "rlvr/sharpening/alignment": 1.0}
     for at, (low, slope) in enumerate(((0, 0.02), (0.2, 0.03), (0.4, 0.004), (0.6, -0.01), (0.8, -0.03))):
         label = f"rlvr/step/meter/bin_{low:.2g}_{low + 0.2:.2g}"
         metrics |= {f"{label}/n_prompts": 10.0 + at, f"{label}/end_slope": slope, f"{label}/end_slope_stderr": 0.004,

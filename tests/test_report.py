@@ -25,7 +25,7 @@ pytest.importorskip("jinja2")
 def test_a_full_run_has_every_section_and_fetches_nothing(tmp_path, report):
     full_run(tmp_path)
     page = report(tmp_path)
-    assert page.sections == list(MISSING)
+    assert page.sections == [*MISSING, "others"]
     assert "Not in this report" not in page.text
     assert set(page.figures) == set(MISSING) - {"prompts"}
     assert not [attributes for _, attributes in page.tags if {"src", "href", "srcset"} & attributes.keys()]
@@ -57,13 +57,24 @@ def test_numbers_are_there_without_javascript(tmp_path, report):
 
 @pytest.mark.parametrize(("key", "section"), [
     ("rlvr/lr/ratio", "step"), ("rlvr/group/p_mean", "success"), ("rlvr/step/success_gain", "gain"),
-    ("rlvr/gap/norm", "gap"), ("rlvr/group/frac_mixed", "groups"), ("rlvr/length/mean", "length")])
+    ("rlvr/gap/norm", "gap"), ("rlvr/gap/cos_update", "alignment"), ("rlvr/signal_to_noise", "alignment"),
+    ("rlvr/group/frac_mixed", "groups"), ("rlvr/length/mean", "length")])
 def test_a_section_without_data_says_what_to_log(tmp_path, report, key, section):
     page = report(lines(tmp_path / "steps.jsonl", [{"step": step, key: 0.5} for step in range(3)]))
     assert page.sections[0] == section
     assert [one for one in page.sections if one != "missing"] == [section]
     for name, (title, advice) in MISSING.items():
         assert (f"{title} To get it: {advice}." in page.text) == (name != section)
+
+
+def test_numbers_without_a_figure_are_listed_run_by_run(tmp_path, report):
+    rows = [{"run": run, "step": step, "success": 0.5, "train/grad_norm": 2.0 * step - run, "note": "text",
+             "flag": True, "odd": float("nan"), "nested": {"rate": 1e-5}} for run in (0, 1) for step in range(4)]
+    page = report(lines(tmp_path / "steps.jsonl", rows))
+    assert "0 grad_norm 4 0 6 0 6 " in page.text
+    assert "1 grad_norm 4 −1 5 −1 5 " in page.text
+    assert "0 nested/rate 4 1e−05 1e−05 1e−05 1e−05 " in page.text
+    assert "3 keys ignored: note (8), flag (8), odd (8)." in page.text
 
 
 def test_one_step_makes_a_page(tmp_path, report):

@@ -62,7 +62,8 @@ def test_a_cut_off_last_line_and_repeated_steps_are_said_and_survived(tmp_path, 
     assert "The last line of metrics.jsonl is cut off and left out." in page.text
     assert "1 rows repeat a step" in page.text
     assert "1 of 4 rows have a step that is no whole number" in page.text
-    assert "1 key ignored: loss (1)." in page.text
+    assert "loss 1 3 3 3 3" in page.text
+    assert "ignored" not in page.text
     assert "None of 1 measured steps overshot." in page.text
 
 

@@ -174,6 +174,33 @@ def gap_section(runs: Sequence[Series]) -> Section | None:
                    step_table(("run", "step", f"{label} ± error"), rows), _once(notes))
 
 
+def alignment_section(runs: Sequence[Series]) -> Section | None:
+    figure, rows, notes = Figure(), [], []
+    first, second = (any(run.get(role) for run in runs) for role in ("alignment", "signal_to_noise"))
+    both = first and second
+    for tint, run in _tinted(runs):
+        cosine, signal = run.get("alignment"), run.get("signal_to_noise")
+        if cosine is not None:
+            _plain_line(figure, run, cosine, _label(run, "cosine"), tint, notes)
+        if signal is not None:
+            _plain_line(figure, run, signal, _label(run, "signal to noise"), tint, notes)
+            figure.traces[-1] |= {"yaxis": "y2"} | ({"showlegend": False} if both else {})
+        rows += _rows(run, [(cosine, "+.3f"), (signal, ".3g")])
+    if not rows:
+        return None
+    figure.layout |= {"xaxis": _steps(runs) | {"anchor": "y2" if second else "y"},
+                      "shapes": ([_level("y", 0)] if first else []) + ([_level("y2", 1)] if second else [])}
+    figure.layout |= {"yaxis": axis("cosine", domain=[0.5, 1] if both else [0, 1])} if first else {}
+    figure.layout |= {"yaxis2": axis("signal to noise", domain=[0, 0.42] if both else [0, 1])} if second else {}
+    lead = " ".join((
+        *(["Cosine between the update and the mean gap: 1 along it, at or below 0 it does not help on average."]
+          if first else []),
+        *(["Signal to noise of the gap: below 1 a step is mostly noise, and more responses per prompt say more."]
+          if second else [])))
+    return Section("alignment", "Does the update follow the gap?", lead, figure.build(380 if both else 320),
+                   step_table(("run", "step", "cosine", "signal to noise"), rows), _once(notes))
+
+
 def groups_section(runs: Sequence[Series]) -> Section | None:
     """Shares of mixed, solved and failed groups, told apart by colour and runs by dash; runs by colour if only mixed
     ones are known."""
@@ -270,7 +297,11 @@ def _interval(low: float, high: float) -> str:
 
 
 def _zero(y: str = "y") -> dict[str, object]:
-    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": y, "y0": 0, "y1": 0,
+    return _level(y, 0)
+
+
+def _level(y: str, at: float) -> dict[str, object]:
+    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": y, "y0": at, "y1": at,
             "line": {"color": colour("grey"), "width": 1}}
 
 

@@ -34,6 +34,8 @@ ROLES: dict[str, tuple[Key, ...]] = {
     "exact_success": (Key("exact_before"),),
     "gap": (_with_error("rlvr/gap/norm_sq"), _with_error("gap_norm_sq")),
     "gap_norm": (Key("rlvr/gap/norm", "rlvr/gap/stderr"),),
+    "alignment": (Key("rlvr/gap/cos_update"),),
+    "signal_to_noise": (Key("rlvr/signal_to_noise"), Key("signal_to_noise")),
     "break_even": (Key(METER + "break_even", None, METER + "break_even_low", METER + "break_even_high"),
                    Key(SCAN + "break_even"), _with_error(STEP + "success_break_even"), Key("break_even")),
     "fraction": (Key("rlvr/lr/ratio"), Key("fraction_of_break_even")),

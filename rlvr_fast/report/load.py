@@ -13,6 +13,7 @@ import numpy as np
 from rlvr_fast.analyze import analyze
 from rlvr_fast.report import keys
 from rlvr_fast.report.files import find_files, read_json, rows_of
+from rlvr_fast.report.others import Tally
 
 PROMPTS = 200  # rows of the table of prompts
 
@@ -52,12 +53,17 @@ class Series:
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """Everything that was read. ``unknown``: ignored keys and how many rows had them; ``notes``: what was odd."""
+    """Everything that was read.
+
+    ``others``: (run, key) -> the numbers of keys that have no role; ``unknown``: all such keys and how many rows had
+    them; ``notes``: what was odd.
+    """
 
     source: str
     series: tuple[Series, ...]
     rollouts: Mapping[str, object] | None
     details: Mapping[str, object]
+    others: Mapping[tuple[str, str], Tally]
     unknown: Counter
     n_rows: int
     notes: list[str] = field(default_factory=list)
@@ -71,9 +77,10 @@ def load(run: str | Path, *, rollouts: str | Path | None = None, columns: Mappin
         ValueError: naming the file, line or key of what cannot be read; if nothing can be shown.
     """
     files, notes = find_files(run, rollouts), []
-    unknown, known = Counter(), Counter()
+    unknown, known, others = Counter(), Counter(), {}
     merged: dict[str, dict[int, dict[str, object]]] = {}
-    n_rows = _merge((row for path in files.steps for row in rows_of(path, notes)), merged, known, unknown, notes)
+    n_rows = _merge((row for path in files.steps for row in rows_of(path, notes)), merged, known, unknown, others,
+                    notes)
     found = None if files.rollouts is None else analyze(files.rollouts, columns=dict(columns or {}),
                                                         threshold=threshold, prompts=PROMPTS)
     if files.unread:
@@ -95,25 +102,29 @@ def load(run: str | Path, *, rollouts: str | Path | None = None, columns: Mappin
             mine |= {name: value for name, value in row.items()
                      if name != "step" and name not in mine and _role(name) not in logged}
     series = tuple(_series(name, rows, notes) for name, rows in merged.items() if rows)
-    return Recorded(str(run), series, found, details, unknown, n_rows, notes)
+    return Recorded(str(run), series, found, details, others, unknown, n_rows, notes)
 
 
-def _merge(rows: Iterable[dict], merged: dict, known: Counter, unknown: Counter, notes: list[str]) -> int:
+def _merge(rows: Iterable[dict], merged: dict, known: Counter, unknown: Counter, others: dict[tuple[str, str], Tally],
+           notes: list[str]) -> int:
     """Rows by run and step; a later row of the same step adds to it and overrides."""
     count = unplaced = repeated = 0
     for count, raw in enumerate(rows, 1):
-        row = {}
+        row, rest = {}, {}
         for name, value in _flat(raw):
-            (known if keys.is_known(name) else unknown)[name] += 1
-            if keys.is_known(name):
-                row[name] = value
+            (row if keys.is_known(name) else rest)[name] = value
+        known.update(row.keys())
+        unknown.update(rest.keys())
+        run = _text(next((row[name] for name in keys.RUN_KEYS if name in row), "")) or ""
+        for name, value in rest.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf:
+                others.setdefault((run, name), Tally()).add(float(value))
         step = next((row[name] for name in keys.STEP_KEYS if name in row), count - 1)
         number = _number(step)
         if number is None or number != number or not float(number).is_integer() or abs(number) > 2**53:
             unplaced += 1
             continue
-        mine = merged.setdefault(_text(next((row[name] for name in keys.RUN_KEYS if name in row), "")) or "", {})
-        mine = mine.setdefault(int(number), {})
+        mine = merged.setdefault(run, {}).setdefault(int(number), {})
         repeated += any(name in mine and name not in keys.STEP_KEYS and name not in keys.RUN_KEYS for name in row)
         mine |= row
     if unplaced:

@@ -11,6 +11,7 @@ import numpy as np
 
 from rlvr_fast.report import breakdown, figures
 from rlvr_fast.report.load import Recorded, Series, load
+from rlvr_fast.report.others import others_section
 from rlvr_fast.report.section import VERDICT_COLOURS, Section, number, text
 from rlvr_fast.report.verdicts import SEVERITY, headline
 
@@ -26,6 +27,8 @@ MISSING = {
     "success": ("Success over steps", "log rlvr/group/p_mean of GapMonitor.compute(), or lay a rollout dump beside it"),
     "gain": ("What each step gained", "log StepReading.summary() (rlvr/step/meter/gain) or StepMeasure.summary()"),
     "gap": ("Gradient gap", "log gap.summary() or GapMonitor.compute() (rlvr/gap/norm_sq with its error)"),
+    "alignment": ("Does the update follow the gap?", "log GapMonitor.compute() (rlvr/gap/cos_update, "
+                  "rlvr/signal_to_noise)"),
     "groups": ("Mixed, solved and failed groups", "log gap.summary() or GapMonitor.compute() (rlvr/group/frac_...)"),
     "length": ("Response lengths", "log GapMonitor.compute() (rlvr/length/...), or a rollout dump with lengths"),
     "spectrum": ("Difficulty spectrum", "RunLog.detail(spectrum=rf.difficulty_spectrum(...)), or a rollout dump"),
@@ -44,7 +47,7 @@ def write_report(run: str | os.PathLike, output: str | os.PathLike, *, rollouts:
     Args:
         run: a folder (metrics.jsonl of ``RunLog``, or steps.jsonl, trainer_state.json, checkpoint-*/, any other JSONL
             files of steps; with rollouts* and details.json beside them), or one such file. One JSON object per step;
-            known keys are in ``report.keys``, others are ignored and counted.
+            known keys are in ``report.keys``, the numbers of others are listed.
         output: the file to write; its folder must exist. Replaced all at once.
         rollouts: a rollout dump elsewhere; ``columns`` and ``threshold`` as in ``rlvr_fast.analyze.analyze``.
         title: of the page; the run's name by default.
@@ -79,6 +82,8 @@ def render(recorded: Recorded, title: str) -> str:
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     with np.errstate(all="ignore"):  # logs hold what they hold: an overflow becomes an infinity, and that no number
         sections, headlines = sections_of(recorded), [headline(run) for run in recorded.series]
+    numbers = {key for _, key in recorded.others}
+    ignored = [(key, count) for key, count in recorded.unknown.most_common() if key not in numbers]
     present = {section.id for section in sections}
     steps = sorted({int(step) for run in recorded.series for step in run.step[[0, -1]]})
     return environment.get_template("report.html.j2").render(
@@ -86,8 +91,8 @@ def render(recorded: Recorded, title: str) -> str:
         first=steps[0] if steps else None, last=steps[-1] if steps else None,
         rollouts=recorded.rollouts, headlines=headlines, sections=sections,
         missing=[content for name, content in MISSING.items() if name not in present], notes=_notes(recorded),
-        unknown=[(text(key, 60), count) for key, count in recorded.unknown.most_common(UNKNOWN)],
-        n_unknown=len(recorded.unknown), colours=VERDICT_COLOURS, severity=SEVERITY, number=number, text=text,
+        unknown=[(text(key, 60), count) for key, count in ignored[:UNKNOWN]], n_unknown=len(ignored),
+        colours=VERDICT_COLOURS, severity=SEVERITY, number=number, text=text,
         plotly=get_plotlyjs().replace("</script", "<\\/script"),
         figures=island({section.id: section.figure for section in sections if section.figure is not None}))
 
@@ -97,7 +102,7 @@ def sections_of(recorded: Recorded) -> list[Section]:
     runs: tuple[Series, ...] = recorded.series[:RUNS]
     over_steps = [build(runs) for build in (
         figures.step_section, breakdown.whom_section, figures.success_section, figures.gain_section,
-        figures.gap_section, figures.groups_section, figures.length_section)]
+        figures.gap_section, figures.alignment_section, figures.groups_section, figures.length_section)]
     across = []
     for build in (breakdown.spectrum_section, breakdown.interference_section, breakdown.tokens_section,
                   breakdown.prompts_section):
@@ -106,7 +111,7 @@ def sections_of(recorded: Recorded) -> list[Section]:
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"details.json beside {recorded.source} is not as rf.RunLog writes it: "
                              f"{build.__name__.removesuffix('_section')}: {error!r}") from error
-    return [section for section in (*over_steps, *across) if section is not None]
+    return [section for section in (*over_steps, *across, others_section(recorded.others)) if section is not None]
 
 
 def island(data: object) -> str:
