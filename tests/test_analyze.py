@@ -146,6 +146,8 @@ def test_a_difficulty_of_its_own_makes_a_spectrum(tmp_path):
     ('{"uid": 1, "reward": 1, "length": 3}\n{"uid": 1, "reward": 1, "length": "abc"}\n',
      "in characters, in rows before it was in tokens"),
     ('{"uid": 1, "reward": 1, "logp": [0.0, null]}\n', "row 1: logp must be a"),
+    ('{"uid": 1, "reward": 1, "step": 1e30}\n', "row 1: step must be a whole number"),
+    (f'{{"uid": 1, "reward": 1{"0" * 400}}}\n', "row 1: int too large"),
 ])
 def test_a_malformed_file_is_refused_in_plain_words(tmp_path, text, message):
     path = tmp_path / "bad.jsonl"
@@ -169,6 +171,36 @@ def test_files_that_are_none(tmp_path):
                           "e.npz": "uid 3, reward 2"}.items():
         with pytest.raises(ValueError, match=message):
             analyze(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["rollouts.jsonl", "rollouts.jsonl.gz", "rollouts.npz", "rollouts.parquet"])
+def test_a_broken_file_is_refused_or_read_whatever_broke_it(tmp_path, name):
+    """Bytes flipped, or the end cut off: a ValueError with the file's name, or an answer."""
+    path = tmp_path / name
+    if name.endswith(".npz"):
+        np.savez_compressed(path, **{key: np.array([row[key] for row in ROWS]) for key in ROWS[0]})
+    elif name.endswith(".parquet"):
+        pa = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pa.Table.from_pylist(ROWS), path)
+    else:
+        text = write(tmp_path / "rollouts.jsonl", ROWS).read_bytes()
+        path.write_bytes(gzip.compress(text, mtime=0) if name.endswith(".gz") else text)
+    whole, draw = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        broken = np.frombuffer(whole, dtype=np.uint8).copy()
+        if draw.random() < 0.3:
+            broken = broken[:draw.integers(len(whole))]
+        else:
+            at = draw.integers(len(whole), size=draw.integers(1, 12))
+            broken[at] = draw.integers(256, size=len(at))
+        path.write_bytes(broken.tobytes())
+        try:
+            analyze(path)
+        except ValueError as error:
+            assert name in str(error)
+            refused += 1
+    assert refused > 50
 
 
 def test_named_columns_come_first_and_must_exist(dump):

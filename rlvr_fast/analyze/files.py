@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def json_lines(path: Path, columns: frozenset[str] | None = None, *, cut_off: Ca
                 yield row if columns is None else {name: row[name] for name in columns if name in row}
     except UnicodeDecodeError:
         raise ValueError(f"{path}, after line {number}: not UTF-8 text") from None
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}, after line {number}: not a whole gzip file ({error})") from None
 
 
@@ -105,16 +105,16 @@ def _parquet(path: Path, columns: frozenset[str] | None) -> Iterator[Row]:
             wanted = None if columns is None else [name for name in file.schema_arrow.names if name in columns]
             for batch in file.iter_batches(ROWS_PER_BATCH, columns=wanted):
                 yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: no readable Parquet file ({str(error).splitlines()[0]})") from None
+    except Exception as error:
+        raise ValueError(f"{path}: no readable Parquet file ({_reason(error)})") from None
 
 
 def _npz(path: Path, columns: frozenset[str] | None) -> Iterator[Row]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files if columns is None or name in columns}
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: no readable npz archive of plain arrays ({error})") from None
+    except Exception as error:
+        raise ValueError(f"{path}: no readable npz archive of plain arrays ({_reason(error)})") from None
     scalar = [name for name, array in arrays.items() if array.ndim == 0]
     if scalar:
         raise ValueError(f"{path}: {scalar[0]} must have one entry per response, got a single value")
@@ -124,6 +124,11 @@ def _npz(path: Path, columns: frozenset[str] | None) -> Iterator[Row]:
                          + ", ".join(f"{name} {length}" for name, length in lengths.items()))
     for values in zip(*(array.tolist() for array in arrays.values()), strict=True):
         yield dict(zip(arrays, values, strict=True))
+
+
+def _reason(error: Exception) -> str:
+    """What a library says of a broken file, which can be an error of almost any kind."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 READERS: dict[str, Callable[[Path, frozenset[str] | None], Iterator[Row]]] = {

@@ -111,7 +111,7 @@ class _Collector:
                       if role in self.numbers and isinstance(found := row[getattr(self.columns, role)], list)}
             if len(set(counts.values())) > 1:
                 raise ValueError(f"logp has {counts['logp']} tokens and logp_after {counts['logp_after']}")
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:  # an integer that no float can hold
             raise ValueError(f"{file}, row {number}: {error}") from None
         self.prompt.append(self.prompts.setdefault(name, len(self.prompts)))
         self.step.append(step)
@@ -165,7 +165,7 @@ def _number(role: str, value: object) -> float | None:
 
 def _whole(role: str, value: object) -> int:
     number = _number(role, value)
-    if number is None or not number.is_integer():
+    if number is None or not number.is_integer() or abs(number) > 2**53:
         raise ValueError(f"{role} must be a whole number, got {_short(value)}")
     return int(number)
 
