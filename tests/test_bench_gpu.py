@@ -442,7 +442,8 @@ def test_the_staged_package_is_the_installed_one(tmp_path):
 
     site = launch.stage_site(tmp_path / "site")
     files = {path.relative_to(site).as_posix() for path in site.rglob("*")}
-    assert {"rlvr_fast/__init__.py", "rlvr_fast/backends/torch_backend.py", "rlvr_fast/kernels/config.py"} <= files
+    assert {"rlvr_fast/__init__.py", "rlvr_fast/backends/torch_backend.py", "rlvr_fast/kernels/config.py",
+            "rlvr_fast/bench/workload.py"} <= files
     assert not [name for name in files if name.endswith((".so", ".pyc"))]
 
 

@@ -1,14 +1,18 @@
 """The diagnosis of the machine: what it calls fine, absent and broken, and what the command does with it."""
 
 import json
+import tomllib
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from rlvr_fast import doctor
-from rlvr_fast.backends import native_backend
+from rlvr_fast import command_line, doctor
+from rlvr_fast.backends import native_backend, resolve
 from rlvr_fast.cli import app
+from rlvr_fast.monitor import METRICS
 
 
 def finding(diagnosis: doctor.Diagnosis, subject: str) -> doctor.Finding:
@@ -53,16 +57,59 @@ def test_a_gpu_without_triton_is_broken(monkeypatch):
 
 
 def test_a_command_without_its_packages_names_the_extra(monkeypatch):
-    monkeypatch.setitem(doctor.COMMANDS, "rlvr-fast made-up", (("a_module_that_is_not",), "made-up"))
-    found = finding(doctor.examine(), "rlvr-fast made-up")
+    monkeypatch.setitem(command_line.NEEDS, "made-up", (("a_module_that_is_not",), "made-up"))
+    monkeypatch.setitem(doctor.PARTS, "part of it", ("another_that_is_not", "other"))
+    diagnosis = doctor.examine()
+    found = finding(diagnosis, "rlvr-fast made-up")
     assert (found.state, found.advice) == (doctor.ABSENT, "pip install 'rlvr-fast[made-up]'")
     assert "a_module_that_is_not" in found.found
+    assert finding(diagnosis, "part of it").advice == "pip install 'rlvr-fast[other]'"
+
+
+def test_every_command_and_every_extra_it_names_exists():
+    extras = {extra for _, extra in (*command_line.NEEDS.values(), *doctor.PARTS.values())}
+    extras |= {framework.extra for framework in doctor.FRAMEWORKS}
+    with (Path(__file__).parents[1] / "pyproject.toml").open("rb") as file:
+        assert extras - {""} <= tomllib.load(file)["project"]["optional-dependencies"].keys()
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert commands | {group.name for group in app.registered_groups} == set(command_line.NEEDS)
+
+
+@pytest.mark.parametrize("framework", doctor.FRAMEWORKS, ids=lambda framework: framework.name)
+def test_a_framework_is_absent_ready_or_too_old(monkeypatch, framework):
+    def found_at(version):
+        monkeypatch.setattr(doctor, "version_of", {framework.distribution: version}.get)
+        return next(found for found in doctor._frameworks() if found.subject == framework.name)
+
+    assert found_at(None).state == doctor.ABSENT
+    ready = found_at("99.1.dev3")
+    assert ready.state == doctor.OK
+    assert ready.found.startswith(f"99.1.dev3: {framework.door}")
+    if framework.oldest:
+        old = found_at("0.0.1")
+        assert old.state == doctor.BROKEN
+        assert old.advice == f"pip install '{framework.distribution}>={'.'.join(map(str, framework.oldest))}'"
+
+
+@pytest.mark.parametrize(("entry_points", "told"), [((), "call install()"), (("rlvr_fast",), "is registered")])
+def test_verl_is_told_whether_it_will_find_the_plug_in(monkeypatch, entry_points, told):
+    monkeypatch.setattr(doctor, "version_of", {"verl": "0.9.1"}.get)
+    monkeypatch.setattr(metadata, "entry_points", lambda **wanted: entry_points)
+    assert told in finding(doctor.examine(), "verl").found
+
+
+def test_every_tier_of_the_monitor_is_listed_with_the_backend_that_serves_it():
+    diagnosis = doctor.examine()
+    tiers = diagnosis.sections["GapMonitor"]
+    assert [int(found.subject.split()[1]) for found in tiers] == sorted({metric.tier for metric in METRICS})
+    served = f"{resolve('auto', torch.device('cpu'))} on cpu"
+    assert [served in found.found for found in tiers] == [False, False, True, True, True, True]
 
 
 def test_the_command_prints_every_finding_and_exits_with_0():
     done = CliRunner().invoke(app, ["doctor"])
     assert done.exit_code == 0
-    for section in ("machine", "backends", "commands", "frameworks"):
+    for section in ("machine", "backends", "GapMonitor", "commands", "frameworks"):
         assert section in done.stdout
     assert torch.__version__ in done.stdout
 

@@ -14,9 +14,6 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import step_size_sweep  # noqa: E402
-from arithmetic import sampling  # noqa: E402
-from arithmetic.model import Policy, repeat_cache  # noqa: E402
-from arithmetic.task import VOCABULARY_SIZE  # noqa: E402
 from step_sizes import claims, definitions, fidelity, forecasts, shared_prompts  # noqa: E402
 from step_sizes.chained_sums import ChainedSums  # noqa: E402
 from step_sizes.log import Evidence, RunLog, StepLog, read_log, write_log  # noqa: E402
@@ -28,6 +25,9 @@ from step_sizes.store import read_runs, write_runs  # noqa: E402
 from step_sizes.training import EPSILON  # noqa: E402
 
 import rlvr_fast as rf  # noqa: E402
+from rlvr_fast.demo import sampling  # noqa: E402
+from rlvr_fast.demo.model import Policy, repeat_cache  # noqa: E402
+from rlvr_fast.demo.task import VOCABULARY_SIZE  # noqa: E402
 
 SETTINGS = RunSettings(n_totals=3, learning_rate=1e-3, seed=0)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from truth import prompt_truth
-from workload import Workload
 
 from rlvr_fast import reference
+from rlvr_fast.bench.truth import prompt_truth
+from rlvr_fast.bench.workload import Workload
 
 from .inputs import GivenLogits, Steps
 from .suite import Truth

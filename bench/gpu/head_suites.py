@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from workload import GROUP_SIZE, Workload
+
+from rlvr_fast.bench.workload import GROUP_SIZE, Workload
 
 from . import exact, ours, peers, torch_peers
 from .floors import product_floor

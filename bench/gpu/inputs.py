@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from workload import GROUP_SIZE, N_INPUT_SETS, RESPONSES, Shape, Workload
 
 from rlvr_fast import Rollouts
+from rlvr_fast.bench.workload import GROUP_SIZE, N_INPUT_SETS, RESPONSES, Shape, Workload
 
 # name -> (D, V)
 HEADS = {

@@ -34,6 +34,8 @@ STAGES = ("check", *MEASURING, "tune", "plots")
 STAGE_SECONDS = 530
 BUILD_SECONDS = 150
 RESERVE_SECONDS = 50  # imports, and the last case, which may take longer than those before
+# As in setup.py.
+MAPPED = {"rlvr_fast.kernels": REPOSITORY / "kernels", "rlvr_fast.bench": REPOSITORY / "bench" / "cpu"}
 TUNER = REPOSITORY / "rlvr_fast" / "tuning.py"
 TUNED_SHAPE = ("--hidden-size", "3584", "--vocabulary-size", "152064", "--tokens", "8192")  # what the targets name
 
@@ -158,9 +160,9 @@ def _unpack_wheels(wheels: Path, target: Path) -> Path:
 
 
 def _importable(environment: dict[str, str]) -> bool:
-    """Whether ``rlvr_fast`` with its kernels comes from this checkout already (an editable installation)."""
-    script = ("import importlib.util as u; s = u.find_spec('rlvr_fast'); k = s and u.find_spec('rlvr_fast.kernels');"
-              "print(s.origin if k else '')")
+    """Whether ``rlvr_fast``, all of it, comes from this checkout already (an editable installation)."""
+    script = ("import importlib.util as u; s = u.find_spec('rlvr_fast');"
+              f"print(s.origin if s and all(map(u.find_spec, {list(MAPPED)})) else '')")
     found = subprocess.run([sys.executable, "-P", "-c", script], env=environment, capture_output=True, text=True,
                            check=False).stdout.strip()
     return bool(found) and Path(found).resolve().is_relative_to(REPOSITORY)
@@ -171,7 +173,8 @@ def stage_site(site: Path) -> Path:
     shutil.rmtree(site, ignore_errors=True)
     ignore = shutil.ignore_patterns("__pycache__", "*.so")
     shutil.copytree(REPOSITORY / "rlvr_fast", site / "rlvr_fast", ignore=ignore)
-    shutil.copytree(REPOSITORY / "kernels", site / "rlvr_fast" / "kernels", ignore=ignore)
+    for package, folder in MAPPED.items():
+        shutil.copytree(folder, site.joinpath(*package.split(".")), ignore=ignore)
     print(f"rlvr_fast is staged in {site}", flush=True)
     return site
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
-from workload import GROUP_SIZE, RESPONSES
 
 from rlvr_fast import backends
+from rlvr_fast.bench.workload import GROUP_SIZE, RESPONSES
 
 from .exact import SAMPLE_ENTRIES, sample
 from .floors import product_floor

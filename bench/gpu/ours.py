@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from workload import Workload
 
 import rlvr_fast as rf
 from rlvr_fast import backends
+from rlvr_fast.bench.workload import Workload
 
 from .inputs import GivenLogits, Steps
 from .suite import Provider, Result

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from provenance import versions
+
+from rlvr_fast.bench.provenance import versions
 
 from .clock import Spread
 

@@ -13,9 +13,9 @@ from functools import cache, partial
 
 import torch
 from torch.nn.functional import linear, log_softmax
-from workload import GROUP_SIZE, RESPONSES, Workload
 
 import rlvr_fast as rf
+from rlvr_fast.bench.workload import GROUP_SIZE, RESPONSES, Workload
 
 from .inputs import GivenLogits, Steps
 from .suite import Provider, Result

@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import resident_memory
 import torch
 from rich.table import Table
+
+from rlvr_fast.bench import resident_memory
 
 from . import peak_memory
 from .language_model import SHAPES
@@ -26,7 +27,7 @@ NAMES = tuple(provider.name for provider in PROVIDERS)
 
 def measure(shape: str, rounds: int, *, names: list[str] | None, times_only: bool, memory: bool,
             say: Callable[[str], None]) -> list[dict]:
-    """CSV rows of the providers (``names``, or all) on one shape, with columns of bench/results.py."""
+    """CSV rows of the providers (``names``, or all) on one shape, with columns of bench/cpu/results.py."""
     step = Step.draw(SHAPES[shape])
     common = {"kernel": "model gap in a training step", "shape": str(step.shape), "dtype": "float32", **provenance()}
     asked = [provider for provider in PROVIDERS if provider is PROVIDERS[0] or provider.name in (names or NAMES)]

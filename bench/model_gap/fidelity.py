@@ -171,7 +171,7 @@ def lines_of(report: dict) -> list[str]:
 
 
 def rows_of(report: dict) -> list[dict]:
-    """CSV rows with columns of bench/results.py."""
+    """CSV rows with columns of bench/cpu/results.py."""
     common = {"kernel": "gap norm^2 against all parameters", "dtype": "float32", **report["provenance"],
               "shape": f"{len(report['prompts'])}x{report['responses per prompt']} responses, "
                        f"{report['parameters']} parameters"}

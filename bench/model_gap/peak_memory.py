@@ -8,7 +8,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
-from resident_memory import reset_high_water_mark, return_free_memory, status
+
+from rlvr_fast.bench.resident_memory import reset_high_water_mark, return_free_memory, status
 
 from .language_model import SHAPES
 from .providers import PROVIDERS

@@ -23,6 +23,7 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from model_gap import cost, fidelity  # noqa: E402
+from rlvr_fast.bench.results import write_csv  # noqa: E402
 
 
 def main() -> int:
@@ -38,8 +39,6 @@ def main() -> int:
 
 
 def _cost(options: argparse.Namespace, console: Console) -> None:
-    from results import write_csv  # here: it looks for peers of its own, which takes seconds
-
     rows = []
     for shape in options.shape or (("tiny",) if options.quick else ("small", "smollm2")):
         own = cost.measure(shape, options.rounds, names=options.provider, times_only=options.times_only,
@@ -53,8 +52,6 @@ def _cost(options: argparse.Namespace, console: Console) -> None:
 
 
 def _fidelity(options: argparse.Namespace, console: Console) -> None:
-    from results import write_csv
-
     options.output.mkdir(parents=True, exist_ok=True)
     report = fidelity.run(options.output, quick=options.quick, n_prompts=options.prompts, say=console.print)
     for line in fidelity.lines_of(report):

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from arithmetic.model import Policy
-from arithmetic.warmup import supervised_step
 from torch import nn
 
 import rlvr_fast as rf
 from curriculum import task
+from rlvr_fast.demo.model import Policy
+from rlvr_fast.demo.warmup import supervised_step
 
 WARM_UP_RATE, WARM_UP_RAMP, WARM_UP_BATCH, WARM_UP_MOST = 3e-3, 50, 128, 1000
 WARM_UP_MIXTURE = (4, 2, 1, 1)  # of the levels: so that the start shows all degrees of success

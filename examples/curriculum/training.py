@@ -9,11 +9,11 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
-from arithmetic.model import Policy
 
 import rlvr_fast as rf
 from curriculum import task
 from curriculum.policy import NextToken, exact_success, new_policy, sample, warm_up
+from rlvr_fast.demo.model import Policy
 from rlvr_fast.spectrum import DifficultySpectrum, difficulty_spectrum
 from rlvr_fast.spectrum.sampler import SpectrumSampler
 

@@ -11,9 +11,9 @@ import matplotlib
 matplotlib.use("Agg")  # a file is all that is wanted, also where there is no display
 
 import matplotlib.pyplot as plt
-from arithmetic.plots import STYLE
 from matplotlib.axes import Axes
 
+from rlvr_fast.demo.plots import STYLE
 from smollm2.record import ANALYSIS, TRAINING, StepRecord
 
 BLUE, RED, YELLOW, BLACK = "#0072B2", "#D55E00", "#E69F00", "#222222"

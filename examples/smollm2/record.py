@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from arithmetic.records import Forecast, log_odds
 
 import rlvr_fast as rf
+from rlvr_fast.demo.records import Forecast, log_odds
 from rlvr_fast.step.scan import crossing
 
 TRAINING = ("sampling", "training")  # sections of the clock

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from arithmetic.report import STYLES
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from rlvr_fast.demo.report import STYLES
 from smollm2.record import StepRecord
 
 BATCH = ("step", "success", "mixed groups", "entropy", "gap²", "seconds", "for analysis")

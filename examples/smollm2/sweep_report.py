@@ -10,7 +10,8 @@ import matplotlib
 matplotlib.use("Agg")  # a file is all that is wanted, also where there is no display
 
 import matplotlib.pyplot as plt
-from arithmetic.plots import STYLE
+
+from rlvr_fast.demo.plots import STYLE
 
 NAMES = {"warn": "no guard (it only tells)", "scale": "scale", "backtrack": "backtrack"}
 COLOURS = {"warn": "#D55E00", "scale": "#0072B2", "backtrack": "#009E73"}

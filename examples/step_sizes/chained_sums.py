@@ -7,13 +7,14 @@ token does not.
 from __future__ import annotations
 
 import torch
-from arithmetic.task import END, EQUALS
+
+from rlvr_fast.demo.task import END, EQUALS
 
 N_DRAWN = 20_000
 
 
 class ChainedSums:
-    """Chains of ``n_totals`` additions, answered in ``n_totals + 1`` tokens; an ``arithmetic.task.Task``."""
+    """Chains of ``n_totals`` additions, answered in ``n_totals + 1`` tokens; an ``rlvr_fast.demo.task.Task``."""
 
     END = END
 

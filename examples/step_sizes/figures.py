@@ -12,10 +12,10 @@ matplotlib.use("Agg")  # a file is all that is wanted, also where there is no di
 
 import matplotlib.pyplot as plt
 import numpy as np
-from arithmetic.plots import STYLE
 from matplotlib.axes import Axes
 from PIL import Image
 
+from rlvr_fast.demo.plots import STYLE
 from step_sizes.claims import METHODS, fractions, meter_fractions, outcomes_by_fraction
 from step_sizes.definitions import COLLAPSE, collapse_step, final_success
 from step_sizes.fidelity import pairs

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 
 import torch
-from arithmetic.model import Policy
-from arithmetic.sampling import exact_success, sample
-from arithmetic.task import draw
 
 import rlvr_fast as rf
+from rlvr_fast.demo.model import Policy
+from rlvr_fast.demo.sampling import exact_success, sample
+from rlvr_fast.demo.task import draw
 from step_sizes.chained_sums import ChainedSums
 from step_sizes.log import RunLog, StepLog
 from step_sizes.settings import RunSettings

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from arithmetic.model import Policy
-from arithmetic.sampling import Samples, exact_success
-from arithmetic.task import Task
 
+from rlvr_fast.demo.model import Policy
+from rlvr_fast.demo.sampling import Samples, exact_success
+from rlvr_fast.demo.task import Task
 from rlvr_fast.step.line import StepLine
 from step_sizes.shared_prompts import completion_logp
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from arithmetic.model import Policy, repeat_cache
-from arithmetic.sampling import Samples
 
 import rlvr_fast as rf
+from rlvr_fast.demo.model import Policy, repeat_cache
+from rlvr_fast.demo.sampling import Samples
 
 
 def completion_logp(policy: Policy, samples: Samples) -> torch.Tensor:
-    """[N] log-probs of the sampled tokens, as ``arithmetic.sampling.completion_logp`` but for rounding."""
+    """[N] log-probs of the sampled tokens, as ``rlvr_fast.demo.sampling.completion_logp`` but for rounding."""
     group_size = len(samples.sequences) // samples.rollouts.n_prompts
     prompts, completions = samples.sequences.tensor_split([samples.prompt_length], 1)
     of_prompts, cache = policy.with_cache(prompts[::group_size], None)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from arithmetic.model import Policy
-from arithmetic.task import VOCABULARY_SIZE
-from arithmetic.warmup import warm_up
 
+from rlvr_fast.demo.model import Policy
+from rlvr_fast.demo.task import VOCABULARY_SIZE
+from rlvr_fast.demo.warmup import warm_up
 from step_sizes.chained_sums import ChainedSums
 from step_sizes.settings import RunSettings
 

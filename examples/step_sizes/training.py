@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from arithmetic.model import Policy
-from arithmetic.sampling import Samples, exact_success, sample
-from arithmetic.task import draw
 
 import rlvr_fast as rf
+from rlvr_fast.demo.model import Policy
+from rlvr_fast.demo.sampling import Samples, exact_success, sample
+from rlvr_fast.demo.task import draw
 from step_sizes.chained_sums import ChainedSums
 from step_sizes.log import Evidence, RunLog, StepLog
 from step_sizes.probe import Update, log_ratios, true_success

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from rlvr_fast.analyze.analysis import analyze
+from rlvr_fast.command_line import print_json, progress
 
 SHOWN_STEPS = 20
 
+
 def run(path: Path, *, columns: dict[str, str | None], threshold: float | None, prompts: int, as_json: bool) -> None:
-    """Analyze and print; progress on stderr."""
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True,
-                  console=Console(stderr=True)) as bar:
+    """Analyze and print."""
+    with progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), quiet=as_json) as bar:
         task = bar.add_task(f"reading {escape(str(path))}", total=None)
         found = analyze(path, columns=columns, threshold=threshold, prompts=prompts,
                         progress=lambda rows: bar.update(task, description=f"{rows:,} rows"))
     if as_json:
-        print(json.dumps(found, indent=1, allow_nan=False))
+        print_json(found)
         return
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -47,7 +48,7 @@ def run(path: Path, *, columns: dict[str, str | None], threshold: float | None, 
         console.print(f"- {escape(note)}", soft_wrap=True)
 
 
-def _steps(steps: list[dict]) -> Table:
+def _steps(steps: list[dict[str, Any]]) -> Table:
     """All steps, or as many of a long run, evenly spread, first and last included."""
     shown = steps if len(steps) <= SHOWN_STEPS else \
         [steps[round(i * (len(steps) - 1) / (SHOWN_STEPS - 1))] for i in range(SHOWN_STEPS)]
@@ -67,7 +68,7 @@ def _steps(steps: list[dict]) -> Table:
     return table
 
 
-def _bins(title: str, bins: list[dict]) -> Table:
+def _bins(title: str, bins: list[dict[str, Any]]) -> Table:
     table = _table(title, "bin", "prompts", "rollouts", "success", "95 %", "mixed groups", "Δ length")
     for row in bins:
         table.add_row(row["bin"], str(row["prompts"]), str(row["rollouts"]), f"{row['success']:.3f}",
@@ -76,7 +77,7 @@ def _bins(title: str, bins: list[dict]) -> Table:
     return table
 
 
-def _prompts(prompts: list[dict]) -> Table:
+def _prompts(prompts: list[dict[str, Any]]) -> Table:
     table = _table("prompts with the largest p(1 − p)", "prompt", "rollouts", "correct", "95 %", "mixed groups")
     for row in prompts:
         text = " ".join(str(row["prompt"]).split())

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from rlvr_fast import _validate as check
+from rlvr_fast.command_line import as_json, check_file, print_json, progress
 from rlvr_fast.profile.measure import profile
 from rlvr_fast.profile.models import MODELS, ModelShape
 from rlvr_fast.profile.shape import Shape
@@ -32,12 +32,11 @@ def run(*, model: str | None, hidden_size: int | None, vocabulary_size: int | No
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}; got {dtype!r}")
     precision = DTYPES.get(dtype, torch.bfloat16 if where.type == "cuda" else torch.float32)
     for option, path in (("--json", json_file), ("--trace", trace)):
-        if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{option} must name a file in an existing folder, got {path}")
+        check_file(option, path)
     total = head.parameters if parameters is None else int(check.positive("--parameters", parameters))
     shape = Shape(prompts, group_size, length, head.vocabulary_size, head.hidden_size)
-    with Progress(TextColumn("{task.description:<32}"), BarColumn(), TimeElapsedColumn(), transient=True,
-                  console=Console(stderr=True)) as bar:
+    with progress(TextColumn("{task.description:<32}"), BarColumn(), TimeElapsedColumn(),
+                  quiet=json_file == "-") as bar:
         task = bar.add_task("starting", total=None)
         report = profile(
             shape, parameters=total, softcap=head.softcap if softcap is None else softcap,
@@ -46,11 +45,10 @@ def run(*, model: str | None, hidden_size: int | None, vocabulary_size: int | No
             seconds=CPU_SECONDS if seconds is None and where.type == "cpu" else seconds,
             progress=lambda done, total, text: bar.update(task, completed=done, total=total, description=text))
     if json_file is not None:
-        text = json.dumps(report.to_json(), indent=1, allow_nan=False)
         if json_file == "-":
-            print(text)
+            print_json(report.to_json())
             return
-        Path(json_file).write_text(text + "\n", encoding="utf-8")
+        Path(json_file).write_text(as_json(report.to_json()), encoding="utf-8")
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 100)
@@ -92,6 +90,7 @@ def _model_table() -> Table:
     for column in ("model", "D", "V", "parameters", "softcap", "model card on huggingface.co"):
         table.add_column(column, justify="left" if column.startswith("model") else "right")
     for name, shape in MODELS.items():
-        table.add_row(name, str(shape.hidden_size), str(shape.vocabulary_size), f"{shape.parameters / 1e9:.3g}B",
+        table.add_row(name, str(shape.hidden_size), str(shape.vocabulary_size),
+                      "" if shape.parameters is None else f"{shape.parameters / 1e9:.3g}B",
                       "" if shape.softcap is None else f"{shape.softcap:g}", shape.source)
     return table

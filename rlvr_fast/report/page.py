@@ -39,7 +39,8 @@ MISSING = {
 }
 
 
-def write_report(run: str | os.PathLike, output: str | os.PathLike, *, rollouts: str | os.PathLike | None = None,
+def write_report(run: str | os.PathLike[str], output: str | os.PathLike[str], *,
+                 rollouts: str | os.PathLike[str] | None = None,
                  columns: Mapping[str, str | None] | None = None, threshold: float | None = None,
                  title: str | None = None) -> Path:
     """Write one HTML file about a run, readable offline, on paper and without JavaScript.
@@ -63,9 +64,13 @@ def write_report(run: str | os.PathLike, output: str | os.PathLike, *, rollouts:
     if not output.parent.is_dir() or output.is_dir():
         raise ValueError(f"output must be a file in a folder that exists, got {output}")
     recorded = load(Path(run), rollouts=rollouts, columns=columns, threshold=threshold)
-    page = render(recorded, title or Path(run).resolve().name).encode("utf-8")
+    return write_page(recorded, output, title or Path(run).resolve().name)
+
+
+def write_page(recorded: Recorded, output: Path, title: str) -> Path:
+    """Write what was read as a page; a page that was there before stays whole until the new one is."""
     partial = output.with_name(f".{output.name}.{os.getpid()}")
-    partial.write_bytes(page)
+    partial.write_bytes(render(recorded, title).encode("utf-8"))
     os.replace(partial, output)
     return output
 

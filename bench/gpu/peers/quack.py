@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 
 import torch
-from workload import Workload
+
+from rlvr_fast.bench.workload import Workload
 
 from ..suite import Result
 from . import Answer, Peer

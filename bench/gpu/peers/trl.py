@@ -17,7 +17,8 @@ import sys
 from contextlib import nullcontext
 
 import torch
-from workload import RESPONSES, Workload
+
+from rlvr_fast.bench.workload import RESPONSES, Workload
 
 from ..inputs import GivenLogits
 from ..suite import Result

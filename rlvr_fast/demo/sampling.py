@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 import rlvr_fast as rf
-from arithmetic import task as addition
-from arithmetic.model import Policy, repeat_cache
-from arithmetic.task import Task
+from rlvr_fast.demo import task as addition
+from rlvr_fast.demo.model import Policy, repeat_cache
+from rlvr_fast.demo.task import Task
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import rlvr_fast as rf
+from rlvr_fast.strict_json import plain
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,7 @@ def log_odds(success: float) -> float:
 
 def write_jsonl(path: Path, records: Iterable[StepRecord]) -> None:
     """One line per step; what is not a finite number is null, as JSON knows no infinity."""
-    lines = (json.dumps({name: _json_value(value) for name, value in record.flat().items()}) for record in records)
-    path.write_text("".join(f"{line}\n" for line in lines))
-
-
-def _json_value(value: float | int | str) -> float | int | str | None:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    path.write_text("".join(f"{json.dumps(plain(record.flat()))}\n" for record in records))
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from rich.console import Console
 from rich.text import Text
 
-from arithmetic.records import Forecast, StepRecord
+from rlvr_fast.demo.records import Forecast, StepRecord
 
 STYLES = {"safe": "green", "near": "yellow", "overshoot": "bold red", "undetermined": "dim"}
 LEGEND = """\
@@ -21,29 +23,50 @@ verdict         overshoot: past break-even, success will fall. safe, near: it wi
 COLUMNS = "{:>4} {:>7} {:>6} {:>13} {:>15} {:>15} {:>6}  {:<12}"
 
 
+class Listener(Protocol):
+    """Is told what happens while it happens; ``Reporter`` is one."""
+
+    def warm_up(self, step: int, success: float) -> None:
+        """A supervised step was followed by a check."""
+
+    def warmed_up(self, success: float) -> None:
+        """GRPO starts from here."""
+
+    def start(self, name: str, learning_rate: float) -> None:
+        """A run begins."""
+
+    def announce(self, step: int, forecast: Forecast, success: float) -> None:
+        """A step was judged. The update has not been applied yet."""
+
+    def outcome(self, record: StepRecord) -> None:
+        """It has been applied."""
+
+
 class Reporter:
     """Prints a run as it happens."""
 
     def __init__(self, console: Console):
         self.console = console
+        self.console.rule("Supervised warm-up from scratch")
 
     def warm_up(self, step: int, success: float) -> None:
         if step % 25 == 0:
             self.console.print(f"supervised step {step:4d}   success rate {success:6.1%}", style="dim")
 
-    def legend(self) -> None:
+    def warmed_up(self, success: float) -> None:
+        self.console.print(f"GRPO starts at a success rate of {success:.1%}")
         self.console.print(f"\n{LEGEND}", style="dim", soft_wrap=True)
 
-    def start(self, title: str) -> None:
+    def start(self, name: str, learning_rate: float) -> None:
         self.console.print()
-        self.console.rule(Text(title, style="bold"))
+        self.console.rule(Text(f"GRPO, {name} learning rate {learning_rate:g}", style="bold"))
         self._line((COLUMNS.format("", "success", "mixed", "gap²", "alignment", "predicted", "step /", ""), "bold"),
                    ("  realised  success", "bold"))
         self._line((COLUMNS.format("step", "before", "groups", "± error", "± error", "log-odds gain", "b.-e.",
                                    "verdict"), "bold"), ("      gain    after", "bold"))
 
     def announce(self, step: int, forecast: Forecast, success: float) -> None:
-        """The left part of the line. The update has not been applied yet."""
+        """The left part of the line."""
         left = COLUMNS.format(
             step, f"{success:.1%}", f"{forecast.mixed_share:.0%}",
             _with_error(forecast.gap_norm_sq, forecast.gap_norm_sq_stderr, ".3f"),

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from arithmetic import task as addition
-from arithmetic.model import Policy
-from arithmetic.sampling import exact_success
-from arithmetic.task import Task, draw
+from rlvr_fast.demo import task as addition
+from rlvr_fast.demo.model import Policy
+from rlvr_fast.demo.sampling import exact_success
+from rlvr_fast.demo.task import Task, draw
 
 LEARNING_RATE, RAMP_STEPS, BATCH_SIZE, CHECK_EVERY, MAX_STEPS = 3e-3, 50, 256, 5, 1000
 

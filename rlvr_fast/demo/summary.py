@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from arithmetic.records import Run, StepRecord
+from rlvr_fast.demo.records import Run, StepRecord
 
 COLLAPSE = 0.5
 """A run has collapsed once its success rate is below this share of what it started with."""

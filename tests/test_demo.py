@@ -1,4 +1,4 @@
-"""The arithmetic example: its task, its bookkeeping and its summary by themselves, and the whole script once."""
+"""The demo: its task, its bookkeeping and its summary by themselves, and the whole command."""
 
 import json
 import math
@@ -10,16 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import grpo_arithmetic  # noqa: E402
-from arithmetic import task  # noqa: E402
-from arithmetic.model import Policy  # noqa: E402
-from arithmetic.records import Forecast, Run, StepRecord  # noqa: E402
-from arithmetic.sampling import completion_logp, exact_success, sample  # noqa: E402
-from arithmetic.summary import collapse_step, summarise  # noqa: E402
+from rlvr_fast.cli import app
+from rlvr_fast.demo import task
+from rlvr_fast.demo.model import Policy
+from rlvr_fast.demo.records import Forecast, Run, StepRecord
+from rlvr_fast.demo.sampling import completion_logp, exact_success, sample
+from rlvr_fast.demo.summary import collapse_step, summarise
 
 
 def test_the_right_answer_and_no_other_is_rewarded():
@@ -87,21 +85,26 @@ def test_the_summary_says_what_happened_and_what_did_not():
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
     output = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, str(EXAMPLES / "grpo_arithmetic.py"), "--quick", "--steps", "2", "--seed", "3",
-               "--output", str(output)]
+    command = [sys.executable, "-m", "rlvr_fast", "demo", "--quick", "--steps", "2", "--seed", "3", "--output",
+               str(output)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300), output
 
 
-def test_the_script_runs_and_reports(quick_run):
+def rows_of(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "steps.jsonl").read_text().splitlines()]
+
+
+def test_the_command_runs_and_reports(quick_run):
     done, _ = quick_run
     assert done.returncode == 0, done.stderr
     for expected in ("warm-up", "verdict", "realised", "What this showed"):
         assert expected in done.stdout
+    assert done.stderr == ""
 
 
 def test_every_step_is_written_down(quick_run):
     _, output = quick_run
-    rows = [json.loads(line) for line in (output / "steps.jsonl").read_text().splitlines()]
+    rows = rows_of(output)
     assert [(row["run"], row["step"]) for row in rows] == [
         ("safe", 0), ("safe", 1), ("large", 0), ("large", 1), ("large", 2)]
     may_be_null = {"break_even", "predicted_log_odds_gain", "predicted_log_odds_gain_stderr"}
@@ -123,8 +126,24 @@ def test_the_figure_is_written(quick_run):
     assert (output / "grpo_arithmetic.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_bad_arguments_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["grpo_arithmetic.py", "--steps", "0"])
-    with pytest.raises(SystemExit):
-        grpo_arithmetic.parse_arguments()
-    assert "--steps must be at least 1, got 0" in capsys.readouterr().err
+def test_json_says_what_the_files_say_whatever_the_number_of_threads(quick_run, tmp_path):
+    """In this process, whose number of threads is left as it was; the first run had one of its own."""
+    _, output = quick_run
+    threads = torch.get_num_threads()
+    done = CliRunner().invoke(app, ["demo", "--quick", "--steps", "2", "--seed", "3", "-o", str(tmp_path), "--json"])
+    assert done.exit_code == 0, done.output
+    assert torch.get_num_threads() == threads
+    content = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert content["seed"] == 3
+    assert [row for run in content["runs"] for row in run["steps"]] == rows_of(output) == rows_of(tmp_path)
+    assert [run["success_at_end"] for run in content["runs"]] == [rows_of(output)[at]["exact_after"] for at in (1, 4)]
+    assert content["files"] == {"steps": str(tmp_path / "steps.jsonl"), "figure": str(tmp_path / "grpo_arithmetic.png")}
+    assert all(sentence.endswith(".") for sentence in content["summary"])
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--seed", "-1"], ["--seed", "x"]])
+def test_bad_arguments_are_refused(arguments, tmp_path):
+    done = CliRunner().invoke(app, ["demo", "--quick", "-o", str(tmp_path / "out"), *arguments])
+    assert done.exit_code == 2
+    assert arguments[0] in done.stderr
+    assert not (tmp_path / "out").exists()

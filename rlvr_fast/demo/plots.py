@@ -4,32 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # a file is all that is wanted, also where there is no display
-
-import matplotlib.pyplot as plt
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from arithmetic.records import Run, StepRecord
-from arithmetic.summary import COLLAPSE, announcements
+from rlvr_fast.demo.records import Run, StepRecord
+from rlvr_fast.demo.summary import COLLAPSE, announcements
 
 COLOURS = ("#0072B2", "#D55E00")
 ALARM = "#B00020"
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 10,
-         "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.framealpha": 0.85,
-         "legend.edgecolor": "none", "legend.fontsize": 9}
+STYLE: dict[Any, Any] = {
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 10,
+    "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.framealpha": 0.85,
+    "legend.edgecolor": "none", "legend.fontsize": 9}
 
 
 def plot_runs(path: Path, runs: Sequence[Run]) -> None:
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 2, figsize=(12, 8.4), layout="constrained")
+    """Write the figure; drawn without a display."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(12, 8.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(2, 2)
         for draw, axis in zip((_success, _gap, _step_length, _forecast), axes.flat, strict=True):
             draw(axis, runs)
             axis.legend(ncols=2 if draw is _step_length else 1)
         figure.savefig(path, dpi=130)
-        plt.close(figure)
 
 
 def _success(axis: Axes, runs: Sequence[Run]) -> None:
@@ -76,7 +78,7 @@ def _forecast(axis: Axes, runs: Sequence[Run]) -> None:
              ylabel="realised by the step")
 
 
-def _by_run_and_verdict(runs: Sequence[Run]) -> Iterator[tuple[list[StepRecord], dict]]:
+def _by_run_and_verdict(runs: Sequence[Run]) -> Iterator[tuple[list[StepRecord], dict[str, Any]]]:
     """The steps of each run that got a verdict, as full markers, and those that did not, as open ones."""
     for run, colour in zip(runs, COLOURS, strict=True):
         told = [record for record in run.records if record.forecast.verdict != "undetermined"]
