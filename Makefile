@@ -17,7 +17,7 @@ $(VENV)/.lint: pyproject.toml constraints.txt  # looks at the sources, so nothin
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check ruff
 	touch $@
 
-.PHONY: demo demo-smollm2 sweep test bench kernels lint clean
+.PHONY: demo demo-smollm2 sweep test bench kernels lint types clean
 
 demo: $(VENV)/.demo  ## GRPO on arithmetic at a safe and at an unsafe learning rate, the gap and the threshold live
 	$(BIN)/rlvr-fast demo --output outputs/demo
@@ -48,5 +48,8 @@ kernels: $(VENV)/.test $(VENV)/triton-$(OLDEST_TRITON)  ## compile every kernel 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 
+types: $(VENV)/.test  ## the package type-checks
+	$(BIN)/mypy
+
 clean:
-	rm -rf $(VENV) build dist outputs *.egg-info rlvr_fast/_native*.so rlvr_fast/_cuda_rows*.so
+	rm -rf $(VENV) build dist outputs *.egg-info .mypy_cache rlvr_fast/_native*.so rlvr_fast/_cuda_rows*.so

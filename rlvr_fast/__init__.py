@@ -1,6 +1,7 @@
 """Gradient analysis for reinforcement learning with verifiable rewards: gradient gap, alignment, step thresholds."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from rlvr_fast.advantages import advantages, advantages_and_weights, loss_weights
 from rlvr_fast.backends import available as available_backends
@@ -87,13 +88,17 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str):
-    """On first use: ``tune_head``, so that ``python -m rlvr_fast.tuning`` runs a module that is not imported yet, and
-    ``integrations``, which nobody needs who has no such framework."""
-    if name == "tune_head":
-        from rlvr_fast.tuning import tune_head
+if TYPE_CHECKING:
+    from rlvr_fast import integrations as integrations
+    from rlvr_fast.tuning import tune_head
+else:  # a type checker that saw this would take every name for one that exists
+    def __getattr__(name: str) -> object:
+        """On first use: ``tune_head``, so that ``python -m rlvr_fast.tuning`` runs a module that is not imported yet,
+        and ``integrations``, which nobody needs who has no such framework."""
+        if name == "tune_head":
+            from rlvr_fast.tuning import tune_head
 
-        return tune_head
-    if name == "integrations":
-        return importlib.import_module("rlvr_fast.integrations")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return tune_head
+        if name == "integrations":
+            return importlib.import_module("rlvr_fast.integrations")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

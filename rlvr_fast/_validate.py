@@ -21,7 +21,7 @@ def describe(value: Any) -> str:
     return f"{text[:77]}..." if len(text) > 80 else text
 
 
-def tensor(name: str, value: Any, *, ndim: int | None = None, shape: tuple | None = None,
+def tensor(name: str, value: Any, *, ndim: int | None = None, shape: tuple[int | None, ...] | None = None,
            dtypes: Iterable[torch.dtype] | None = None, device: torch.device | None = None) -> torch.Tensor:
     """Return ``value`` if it is a tensor with the wanted rank, shape (None matches any size), dtype and device."""
     if not isinstance(value, torch.Tensor):

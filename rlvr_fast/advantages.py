@@ -41,6 +41,8 @@ Nothing here is differentiable: advantages and weights are constants of the obje
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 
 from rlvr_fast import _validate as check
@@ -52,10 +54,27 @@ DEFAULT_EPS = {
     "grpo": 1e-4, "grpo_population_std": 1e-4, "grpo_batch_std": 1e-4, "dr_grpo": None, "rloo": None, "maxrl": 0.0,
     "opo": None, "reinforce_pp": 1e-8, "reinforce_pp_baseline": 1e-8, "gpg": None, "pass_at_k": 1e-6, "vl_norm": 1e-6,
 }
-DEFAULT_OPTIONS = {"gpg": {"f_norm": 1.0}, "pass_at_k": {"normalize_by_std": True}, "vl_norm": {"alpha": 1.0}}
+DEFAULT_OPTIONS: dict[str, dict[str, float | bool]] = {
+    "gpg": {"f_norm": 1.0}, "pass_at_k": {"normalize_by_std": True}, "vl_norm": {"alpha": 1.0}}
 ESTIMATORS = tuple(DEFAULT_EPS)
 AGGREGATIONS = ("grpo", "dapo", "bnpo", "dr_grpo", "seq_mean_token_sum", "prompt_mean", "vl_norm")
 WITH_MAX_LENGTH = ("dr_grpo", "vl_norm")
+
+
+class EstimatorOptions(TypedDict, total=False):
+    """The options that a formula has, by name."""
+
+    eps: float
+    f_norm: float
+    normalize_by_std: bool
+    alpha: float
+
+
+class AggregationOptions(TypedDict, total=False):
+    """The same for an aggregation."""
+
+    max_length: float
+    alpha: float
 
 
 def advantages(rollouts: Rollouts, estimator: str = "grpo", *, eps: float | None = None, backend: str = "auto",
@@ -74,10 +93,12 @@ def advantages(rollouts: Rollouts, estimator: str = "grpo", *, eps: float | None
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    estimator_options = _checked_estimator(rollouts, estimator, eps, estimator_options)
+    options = _checked_estimator(rollouts, estimator, eps, estimator_options)
     if backends.resolve(backend, rollouts.device) == "triton":
-        return _launch(rollouts, estimator, "none", **estimator_options)[0]
-    return torch_advantages(rollouts, estimator, **estimator_options).float()
+        result = torch.empty_like(rollouts.rewards)
+        _launch(rollouts, estimator, "none", result, None, **options)
+        return result
+    return torch_advantages(rollouts, estimator, **options).float()
 
 
 def loss_weights(rollouts: Rollouts, advantages: torch.Tensor, aggregation: str = "grpo", *,
@@ -103,7 +124,9 @@ def loss_weights(rollouts: Rollouts, advantages: torch.Tensor, aggregation: str 
     check_advantages(advantages, rollouts.n_responses, rollouts.device)
     options = _checked_aggregation(aggregation, max_length, alpha)
     if backends.resolve(backend, rollouts.device) == "triton":
-        return _launch(rollouts, "given", aggregation, given=advantages, **options)[1]
+        weights = rollouts.rewards.new_empty(rollouts.n_tokens)
+        _launch(rollouts, "given", aggregation, advantages.detach().float().contiguous(), weights, **options)
+        return weights
     return torch_loss_weights(rollouts, advantages.detach().double(), aggregation, **options).float()
 
 
@@ -118,14 +141,16 @@ def advantages_and_weights(rollouts: Rollouts, estimator: str = "grpo", aggregat
     """
     if estimator == "vl_norm":
         estimator_options["alpha"] = alpha
-    estimator_options = _checked_estimator(rollouts, estimator, eps, estimator_options)
+    own = _checked_estimator(rollouts, estimator, eps, estimator_options)
     options = _checked_aggregation(aggregation, max_length, alpha)
     if estimator == aggregation == "vl_norm":
         raise ValueError("aggregation must not be 'vl_norm' with estimator 'vl_norm': lengths would be weighted twice; "
                          "use aggregation 'dr_grpo'")
     if backends.resolve(backend, rollouts.device) == "triton":
-        return _launch(rollouts, estimator, aggregation, **{**options, **estimator_options})
-    exact = torch_advantages(rollouts, estimator, **estimator_options)
+        result, weights = torch.empty_like(rollouts.rewards), rollouts.rewards.new_empty(rollouts.n_tokens)
+        _launch(rollouts, estimator, aggregation, result, weights, **{**options, **own})
+        return result, weights
+    exact = torch_advantages(rollouts, estimator, **own)
     return exact.float(), torch_loss_weights(rollouts, exact, aggregation, **options).float()
 
 
@@ -146,7 +171,8 @@ def check_advantages(advantages: torch.Tensor, n_responses: int | None = None,
         raise ValueError(f"advantages must be finite, got {check.describe(advantages)} with NaN or infinite entries")
 
 
-def _checked_estimator(rollouts: Rollouts, estimator: str, eps: float | None, options: dict) -> dict:
+def _checked_estimator(rollouts: Rollouts, estimator: str, eps: float | None, options: dict[str, float | bool]
+                       ) -> EstimatorOptions:
     """The estimator's keyword arguments, checked and completed with their defaults."""
     _check_rollouts(rollouts)
     check.choice("estimator", estimator, ESTIMATORS)
@@ -156,21 +182,22 @@ def _checked_estimator(rollouts: Rollouts, estimator: str, eps: float | None, op
             accepted = ", ".join(known) or "none"
             raise TypeError(f"{name} is not an option of estimator {estimator!r}, which accepts: {accepted}")
     options = {**known, **options}
+    checked: EstimatorOptions = {}
     if "f_norm" in options:
-        options["f_norm"] = check.positive("f_norm", options["f_norm"])
+        checked["f_norm"] = check.positive("f_norm", options["f_norm"])
     if "alpha" in options:
-        options["alpha"] = _not_negative("alpha", options["alpha"])
-    if not isinstance(options.get("normalize_by_std", True), bool):
-        raise TypeError(f"normalize_by_std must be a bool, got {check.describe(options['normalize_by_std'])}")
+        checked["alpha"] = _not_negative("alpha", options["alpha"])
+    if "normalize_by_std" in options:
+        checked["normalize_by_std"] = check.flag("normalize_by_std", options["normalize_by_std"])
     default = DEFAULT_EPS[estimator]
     if default is None and eps is not None:
         raise ValueError(f"eps must be None for estimator {estimator!r}, whose formula has none; got {eps!r}")
     if default is not None:
-        options["eps"] = default if eps is None else _not_negative("eps", eps)
-    return options
+        checked["eps"] = default if eps is None else _not_negative("eps", eps)
+    return checked
 
 
-def _checked_aggregation(aggregation: str, max_length: float | None, alpha: float) -> dict:
+def _checked_aggregation(aggregation: str, max_length: float | None, alpha: float) -> AggregationOptions:
     """The aggregation's keyword arguments, checked."""
     check.choice("aggregation", aggregation, AGGREGATIONS)
     alpha = _not_negative("alpha", alpha)
@@ -179,8 +206,12 @@ def _checked_aggregation(aggregation: str, max_length: float | None, alpha: floa
     elif aggregation in WITH_MAX_LENGTH:
         raise ValueError(f"max_length must be given for aggregation {aggregation!r}: its divisor is a constant of the "
                          "run (for example the longest completion allowed), not of the batch; got None")
-    options = {"max_length": max_length} if aggregation in WITH_MAX_LENGTH else {}
-    return {**options, "alpha": alpha} if aggregation == "vl_norm" else options
+    options: AggregationOptions = {}
+    if max_length is not None and aggregation in WITH_MAX_LENGTH:
+        options["max_length"] = max_length
+    if aggregation == "vl_norm":
+        options["alpha"] = alpha
+    return options
 
 
 def _not_negative(name: str, value: float) -> float:
@@ -193,12 +224,10 @@ def _not_negative(name: str, value: float) -> float:
 # -- triton ------------------------------------------------------------------------------------------------------------
 
 
-def _launch(rollouts: Rollouts, estimator: str, aggregation: str, *, given: torch.Tensor | None = None,
-            **options) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _launch(rollouts: Rollouts, estimator: str, aggregation: str, advantages: torch.Tensor,
+            weights: torch.Tensor | None, **options: object) -> None:
+    """Write ``advantages`` [R] (read them for estimator "given") and ``weights`` [N] (unless aggregation is "none")."""
     from rlvr_fast.kernels.advantages import launch
 
-    result = torch.empty_like(rollouts.rewards) if given is None else given.detach().float().contiguous()
-    weights = None if aggregation == "none" else rollouts.rewards.new_empty(rollouts.n_tokens)
-    launch(rollouts.rewards, rollouts.prompt_index, rollouts.cu_seqlens, rollouts.n_prompts, result, weights,
+    launch(rollouts.rewards, rollouts.prompt_index, rollouts.cu_seqlens, rollouts.n_prompts, advantages, weights,
            estimator=estimator, aggregation=aggregation, **options)
-    return result, weights

@@ -54,10 +54,10 @@ def batch_summary(gap: Gap) -> dict[str, float]:
     count = int(usable.sum())
     rate = gap.success_rate
 
-    def mean(values):
+    def mean(values: torch.Tensor) -> float:
         return float(values[usable].mean()) if count else float("nan")
 
-    def share(mask):
+    def share(mask: torch.Tensor) -> float:
         return float(mask.double().mean()) if n else float("nan")
 
     norm_sq = mean(gap.norm_sq)

@@ -22,7 +22,11 @@ def carries_cpu_tensors(group: dist.ProcessGroup | None) -> bool:
 
 def carrier(group: dist.ProcessGroup | None) -> torch.device:
     """Where tensors must be to travel over ``group``: on the host if it can."""
-    return torch.device("cpu") if carries_cpu_tensors(group) else torch.accelerator.current_accelerator()
+    if carries_cpu_tensors(group):
+        return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None  # a group that does not carry CPU tensors has an accelerator's backend
+    return accelerator
 
 
 def gather(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -32,13 +32,35 @@ class GapEstimate(NamedTuple):
 class Estimated:
     """The fields of ``self.estimate``, a GapEstimate, under their own names: what every kind of gap reports."""
 
-    n_correct = property(lambda self: self.estimate.n_correct)
-    n_incorrect = property(lambda self: self.estimate.n_incorrect)
-    norm_sq = property(lambda self: self.estimate.norm_sq)
-    norm_sq_naive = property(lambda self: self.estimate.norm_sq_naive)
-    stderr = property(lambda self: self.estimate.stderr)
-    defined = property(lambda self: self.estimate.defined)
-    pooled = property(lambda self: self.estimate.pooled)
+    estimate: GapEstimate
+
+    @property
+    def n_correct(self) -> torch.Tensor:
+        return self.estimate.n_correct
+
+    @property
+    def n_incorrect(self) -> torch.Tensor:
+        return self.estimate.n_incorrect
+
+    @property
+    def norm_sq(self) -> torch.Tensor:
+        return self.estimate.norm_sq
+
+    @property
+    def norm_sq_naive(self) -> torch.Tensor:
+        return self.estimate.norm_sq_naive
+
+    @property
+    def stderr(self) -> torch.Tensor:
+        return self.estimate.stderr
+
+    @property
+    def defined(self) -> torch.Tensor:
+        return self.estimate.defined
+
+    @property
+    def pooled(self) -> torch.Tensor:
+        return self.estimate.pooled
 
     @property
     def success_rate(self) -> torch.Tensor:
@@ -87,7 +109,8 @@ def class_noise(square: torch.Tensor, total_sq: torch.Tensor, n: torch.Tensor) -
     return torch.where(n == 1, torch.where(freedom > 0, spread / freedom, torch.nan), own)
 
 
-def _jackknife(moments, n, square, total_sq, cross, noise):
+def _jackknife(moments: Moments, n: torch.Tensor, square: torch.Tensor, total_sq: torch.Tensor, cross: torch.Tensor,
+               noise: torch.Tensor) -> torch.Tensor:
     """[P, 2]: the two classes' shares of the variance, (n−1)/n Σ_i (θ₍₋ᵢ₎ − mean)²."""
     responses = moments.responses
     prompt, own = responses.prompt_index, responses.correct.long()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,21 +63,31 @@ class Gap(Estimated):
     summed_products: torch.Tensor | None = None
     vocabulary: VocabularyShard | None = None
 
-    prompt_ids = property(lambda self: self.moments.responses.prompt_ids)
+    @property
+    def prompt_ids(self) -> tuple[Hashable, ...]:
+        return self.moments.responses.prompt_ids
 
     @property
     def vector(self) -> torch.Tensor | None:
-        return None if self.correct_mean is None else self.correct_mean - self.incorrect_mean
+        if self.correct_mean is None or self.incorrect_mean is None:
+            return None
+        return self.correct_mean - self.incorrect_mean
 
     @cached_property
     def gram(self) -> tuple[torch.Tensor, ...]:
         """Per prompt the Gram matrix of its responses' gradients, [n, n] float64, rows in rollout order."""
-        return self.gradients.grams(self.sizes) if self.summed_grams is None else self.summed_grams
+        if self.summed_grams is not None:
+            return self.summed_grams
+        assert self.gradients is not None  # every gap has one or the other
+        return self.gradients.grams(self.sizes)
 
     @cached_property
     def _vector_products(self) -> torch.Tensor:
         """⟨gap_p, gap_q⟩: [P, P] float64."""
-        return vector_products(self.vector) if self.summed_products is None else self.summed_products
+        if self.summed_products is not None:
+            return self.summed_products
+        assert self.vector is not None  # asked for by those who have vectors
+        return vector_products(self.vector)
 
     def batch_norm_sq(self, weights: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Debiased ‖Σ_p w_p gap_p‖² over the defined prompts with its jackknife error over prompts [derived].
@@ -216,12 +226,14 @@ def gap_from_gradients(gradients: ResponseGradients, *, level: str, length_norm:
     if sizes is None:
         sizes = gradients.responses.prompt_index.bincount(minlength=gradients.responses.n_prompts).tolist()
     sizes = gradients.responses.check_sizes(sizes)
-    means, grams, products = gradients.class_means(), None, None
+    means = gradients.class_means()
+    grams: tuple[torch.Tensor, ...] | None = None
+    products: torch.Tensor | None = None
     if vocabulary is None:
         moments = gradients.moments()
     else:
-        *grams, products = vocabulary.sums([*gradients.grams(sizes), vector_products(means[:, 1] - means[:, 0])])
-        grams, moments = tuple(grams), Moments.from_gram(gradients.responses, grams)
+        *whole, products = vocabulary.sums([*gradients.grams(sizes), vector_products(means[:, 1] - means[:, 0])])
+        grams, moments = tuple(whole), Moments.from_gram(gradients.responses, whole)
     return Gap(level, length_norm, estimate_gap(moments), moments, sizes, stats, gradients,
                correct_mean=means[:, 1], incorrect_mean=means[:, 0], summed_grams=grams, summed_products=products,
                vocabulary=vocabulary)
@@ -234,24 +246,26 @@ def _token_coefficients(rollouts: Rollouts, length_norm: bool) -> torch.Tensor:
     return (1.0 / rollouts.lengths.clamp(min=1)).float()[rollouts.response_index]
 
 
-def _vectors(hidden, head, rollouts, coefficients, level, backend) -> tuple[TokenPass, torch.Tensor]:
+def _vectors(hidden: torch.Tensor, head: Head, rollouts: Rollouts, coefficients: torch.Tensor, level: str,
+             backend: str) -> tuple[TokenPass, torch.Tensor]:
     """Response gradients [R, K]: score sums, for "hidden" taken through the lm_head a block of responses at a time."""
     run = backends.select("head_pass_with_sums", backend, hidden.device)
     through_head = backends.select("through_head", backend, hidden.device)
     n_responses, tokens = rollouts.n_responses, head.local_ids(rollouts.tokens)
     largest = head.vocabulary_size if head.shard is None else head.shard.largest  # ranks must cut the same blocks
     block = max(1, n_responses if level == "logits" else SUM_BYTES // (4 * largest))
-    passes, vectors = [], []
+    passes: list[TokenPass] = []
+    blocks: list[torch.Tensor] = []
     for start in range(0, n_responses, block):
         stop = min(start + block, n_responses)
         rows = slice(rollouts.bounds[start], rollouts.bounds[stop])
         spans = rollouts.cu_seqlens[start:stop + 1] - rollouts.bounds[start]
         token_pass, sums = run(hidden[rows], tokens[rows], head, coefficients[rows], spans, merge=head.merge)
         passes.append(check_pass(token_pass, rollouts.tokens[rows]))
-        vectors.append(sums if level == "logits" else through_head(sums, head.weight))
+        blocks.append(sums if level == "logits" else through_head(sums, head.weight))
     if not passes:
         empty = hidden.new_empty(0, dtype=torch.float32)
         width = head.vocabulary_size if level == "logits" else head.hidden_size
         return TokenPass(*[empty] * len(TokenPass._fields)), empty.new_empty(0, width)
-    vectors = torch.cat(vectors)
+    vectors = torch.cat(blocks)
     return TokenPass(*map(torch.cat, zip(*passes, strict=True))), vectors if level == "logits" else head.total(vectors)

@@ -187,7 +187,8 @@ def _nearest(values: torch.Tensor, falling: torch.Tensor) -> torch.Tensor:
     return len(falling) - 1 - torch.bucketize(values, (rising[1:] + rising[:-1]) / 2)
 
 
-def _checked_rate(success_rate, group_size) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
+def _checked_rate(success_rate: torch.Tensor | float, group_size: torch.Tensor | int
+                  ) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
     """(p as float64, G as float64, the dtype to answer in)."""
     if not isinstance(success_rate, torch.Tensor):
         success_rate = torch.tensor(check.real("success_rate", success_rate))

@@ -5,6 +5,9 @@ Registered with ``torch.library``, so ``torch.compile`` sees one opaque node wit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from rlvr_fast import _validate as check
@@ -68,7 +71,9 @@ def _forward(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, b
 
 
 @_forward.register_fake
-def _(hidden, weight, tokens, bias, temperature, softcap, backend, shard=None, group=None):
+def _(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, bias: torch.Tensor | None, temperature: float,
+      softcap: float | None, backend: str, shard: list[int] | None = None, group: str | None = None
+      ) -> list[torch.Tensor]:
     return [hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in TokenPass._fields]
 
 
@@ -84,19 +89,21 @@ def _backward(grad_logp: torch.Tensor, grad_entropy: torch.Tensor, hidden: torch
     gradients = list(run(grad_logp, grad_entropy, hidden, tokens, head, TokenPass(*token_pass), tuple(needs)))
     if needs[0]:
         gradients[0] = head.total(gradients[0])
-    return [hidden.new_empty(0) if gradient is None else gradient.to(like.dtype)
+    return [hidden.new_empty(0) if gradient is None or like is None else gradient.to(like.dtype)
             for gradient, like in zip(gradients, (hidden, weight, bias), strict=True)]
 
 
 @_backward.register_fake
-def _(grad_logp, grad_entropy, hidden, weight, tokens, bias, token_pass, temperature, softcap, backend, needs,
-      shard=None, group=None):
+def _(grad_logp: torch.Tensor, grad_entropy: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor,
+      tokens: torch.Tensor, bias: torch.Tensor | None, token_pass: list[torch.Tensor], temperature: float,
+      softcap: float | None, backend: str, needs: list[bool], shard: list[int] | None = None, group: str | None = None
+      ) -> list[torch.Tensor]:
     shapes = (hidden, weight, weight if bias is None else bias)
     return [torch.empty_like(like, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
             for like, needed in zip(shapes, needs, strict=True)]
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
     hidden, weight, tokens, bias, *ctx.options = inputs
     ctx.save_for_backward(hidden, weight, tokens, bias, *output)
     for column in output[1::2]:  # only logp and entropy (columns 0 and 2) carry gradients
@@ -104,12 +111,12 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[4])
 
 
-def _autograd(ctx, gradients):
+def _autograd(ctx: Any, gradients: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
     hidden, weight, tokens, bias, *token_pass = ctx.saved_tensors
     temperature, softcap, backend, shard, group = ctx.options
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     zero = torch.zeros_like(token_pass[0])
-    grad_logp, grad_entropy = (zero if gradients[i] is None else gradients[i].contiguous() for i in (0, 2))
+    grad_logp, grad_entropy = (zero if gradient is None else gradient.contiguous() for gradient in gradients[:3:2])
     result = _backward(grad_logp, grad_entropy, hidden, weight, tokens, bias, token_pass, temperature, softcap,
                        backend, needs, shard, group)
     grad_hidden, grad_weight, grad_bias = (g if needed else None for g, needed in zip(result, needs, strict=True))

@@ -36,7 +36,8 @@ def merge_passes(planes: torch.Tensor, temperature: float, softcap: float | None
     log_mass = -torch.logaddexp(torch.zeros_like(lse), others - lse)
     mass = log_mass.exp()
 
-    def total(values, weights=mass):  # a shard whose rows are all masked may hold anything
+    def total(values: torch.Tensor | float, weights: torch.Tensor = mass) -> torch.Tensor:
+        # a shard whose rows are all masked may hold anything
         return torch.where(weights > 0, weights * values, 0.0).sum(0)
 
     present = logp > -torch.inf

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -44,10 +44,10 @@ def noise(vectors: Tensor) -> float:
 def studentised_gap_sq(vectors: Tensor, correct: Tensor) -> float:
     """(‖Ḡ₊ − Ḡ₋‖² − v) / v with v = tr Σ̂₊/n₊ + tr Σ̂₋/n₋; a class of one response takes the noise of the other."""
     classes = [vectors[correct].double(), vectors[~correct].double()]
-    traces = [noise(own) if len(own) > 1 else None for own in classes]
-    if traces == [None, None]:
+    known = [noise(own) for own in classes if len(own) > 1]
+    if not known:
         return 0.0
-    traces = [traces[1 - i] if traces[i] is None else traces[i] for i in (0, 1)]
+    traces = [noise(own) if len(own) > 1 else known[0] for own in classes]
     v = sum(trace / len(own) for trace, own in zip(traces, classes, strict=True))
     return float((classes[0].mean(0) - classes[1].mean(0)).square().sum() - v) / v
 
@@ -65,7 +65,7 @@ def permutation_p_value(vectors: Tensor, correct: Tensor) -> float:
 
 def sign_flip_p_value(gaps: Tensor) -> float:
     """Share of all sign patterns ε with Σ_{p≠q} ε_p ε_q ⟨g_p, g_q⟩ at least the observed sum."""
-    def statistic(vectors):
+    def statistic(vectors: Tensor) -> float:
         return float(vectors.sum(0).square().sum() - vectors.square().sum())
     patterns = list(itertools.product((1.0, -1.0), repeat=len(gaps)))
     observed = statistic(gaps.double())
@@ -101,7 +101,7 @@ def shared_norm_sq(gaps: Tensor, factors: Tensor) -> float:
     return sum(pairs) / len(pairs)
 
 
-def jackknife(statistic, n: int) -> float:
+def jackknife(statistic: Callable[[list[int]], float], n: int) -> float:
     """√((n−1)/n Σ_i (θ₍₋ᵢ₎ − mean)²), with ``statistic`` a function of the indices that are left in."""
     left = [statistic([j for j in range(n) if j != i]) for i in range(n)]
     mean = sum(left) / n
@@ -112,7 +112,7 @@ def batch_share(gaps: Tensor, weights: Tensor, bias: Tensor, members: Sequence[i
     """⟨Σ_{p∈bin} w_p g_p, Σ_q w_q g_q⟩ over ‖Σ_q w_q g_q‖², each without the noise w_p² bias_p [derived]."""
     step = (weights[:, None] * gaps.double()).sum(0)
 
-    def along(indices):
+    def along(indices: Iterable[int]) -> float:
         return sum(float(weights[p] * (gaps[p].double() @ step) - weights[p] ** 2 * bias[p]) for p in indices)
     return along(members) / along(range(len(gaps)))
 

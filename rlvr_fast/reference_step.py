@@ -38,7 +38,7 @@ def variance(x: Tensor, probability: Tensor | None = None) -> Tensor:
     return squares.sum() / (len(x) - 1) if probability is None else mean(squares, probability)
 
 
-def class_difference(statistic: Callable, correct: Tensor, *samples: Tensor,
+def class_difference(statistic: Callable[..., Tensor], correct: Tensor, *samples: Tensor,
                      probability: Tensor | None = None) -> Tensor:
     """statistic(correct responses) − statistic(incorrect responses)."""
     def of(chosen: Tensor) -> Tensor:

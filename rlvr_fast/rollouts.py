@@ -116,8 +116,10 @@ class Rollouts:
                           correct, threshold)
 
     @classmethod
-    def _build(cls, flat_tokens, valid, lengths, rewards, tokens_name, source_shape, group_size, prompt_ids, correct,
-               threshold) -> Rollouts:
+    def _build(cls, flat_tokens: torch.Tensor, valid: torch.Tensor, lengths: torch.Tensor, rewards: torch.Tensor,
+               tokens_name: str, source_shape: tuple[int, ...], group_size: int | None,
+               prompt_ids: Sequence[Hashable] | torch.Tensor | None, correct: torch.Tensor | None,
+               threshold: float | None) -> Rollouts:
         device, n_responses = flat_tokens.device, lengths.numel()
         check.tensor("rewards", rewards, shape=(n_responses,), device=device)
         if rewards.is_complex():
@@ -125,7 +127,7 @@ class Rollouts:
         rewards = rewards.detach().to(torch.float32).clone()
         correct = _classes(rewards, correct, threshold)
         index, distinct = _prompts(n_responses, group_size, prompt_ids)
-        members = [[] for _ in distinct]
+        members: list[list[int]] = [[] for _ in distinct]
         for response, prompt in enumerate(index):
             members[prompt].append(response)
         prompt_index = torch.tensor(index, dtype=torch.int64, device=device)
@@ -193,7 +195,7 @@ class Rollouts:
 
     def to(self, device: torch.device | str) -> Rollouts:
         """The same rollouts on another device."""
-        moved = {f.name: value.to(device) for f in fields(self) if f.init
+        moved: dict[str, Any] = {f.name: value.to(device) for f in fields(self) if f.init
                  and isinstance(value := getattr(self, f.name), torch.Tensor)}
         return replace(self, **moved)
 

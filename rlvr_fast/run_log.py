@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ class RunLog:
         folder: made if it is not there.
     """
 
-    def __init__(self, folder: str | os.PathLike) -> None:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -76,12 +77,10 @@ class RunLog:
             TypeError, ValueError: naming the argument.
         """
         parts: dict[str, object] = {}
-        for name, value, kind, plain in (("spectrum", spectrum, DifficultySpectrum, _spectrum),
-                                         ("interference", interference, Interference, _interference)):
-            if value is not None:
-                if not isinstance(value, kind):
-                    raise TypeError(f"{name} must be a {kind.__name__}, got {check.describe(value)}")
-                parts[name] = plain(value)
+        if spectrum is not None:
+            parts["spectrum"] = _spectrum(spectrum)
+        if interference is not None:
+            parts["interference"] = _interference(interference)
         if tokens is not None:
             parts["tokens"] = _tokens(tokens, decode)
         path = self.folder / DETAILS
@@ -111,7 +110,7 @@ def _name(name: object) -> str:
     return name
 
 
-def _scalar(name: str, value: object) -> object:
+def _scalar(name: str, value: Any) -> object:
     if isinstance(value, torch.Tensor) or type(value).__module__ == "numpy":
         if (value.numel() if isinstance(value, torch.Tensor) else value.size) != 1:
             raise ValueError(f"metric {name!r} must be a single number, got {check.describe(value)}")
@@ -130,12 +129,14 @@ def _plain(value: object) -> object:
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
-def _rows(columns: Mapping[str, object]) -> list[dict[str, object]]:
+def _rows(columns: Mapping[str, torch.Tensor | Iterable[object]]) -> list[dict[str, object]]:
     lists = [value.tolist() if isinstance(value, torch.Tensor) else list(value) for value in columns.values()]
     return [dict(zip(columns, map(_plain, row), strict=True)) for row in zip(*lists, strict=True)]
 
 
 def _spectrum(spectrum: DifficultySpectrum) -> dict[str, object]:
+    if not isinstance(spectrum, DifficultySpectrum):
+        raise TypeError(f"spectrum must be a DifficultySpectrum, got {check.describe(spectrum)}")
     bins, prompts = spectrum.bins, spectrum.prompts
     shared = spectrum.has_vectors
     return {
@@ -153,6 +154,8 @@ def _spectrum(spectrum: DifficultySpectrum) -> dict[str, object]:
 
 
 def _interference(interference: Interference) -> dict[str, object]:
+    if not isinstance(interference, Interference):
+        raise TypeError(f"interference must be an Interference, got {check.describe(interference)}")
     norm_sq = interference.products.diagonal().nan_to_num(nan=-math.inf)
     kept = norm_sq.argsort(descending=True)[:MOST_PROMPTS].sort().values
     summary = {name.rpartition("conflict_")[2]: _plain(value) for name, value in interference.summary().items()}
@@ -173,6 +176,7 @@ def _tokens(gap: Gap, decode: Callable[[int], str] | None) -> dict[str, object]:
     if gap.level != "logits" or gap.vocabulary is not None:
         raise ValueError(f"tokens must be a gap at level 'logits' over the whole vocabulary, got level {gap.level!r}"
                          f"{' of a shard' if gap.vocabulary is not None else ''}")
+    assert gap.vector is not None  # as at every level but "head"
     vectors = gap.vector[gap.defined].double()
     n = len(vectors)
     if n == 0:

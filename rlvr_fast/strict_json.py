@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 
-def plain(value: object) -> object:
+def plain(value: Any) -> Any:
     """Arrays and tuples as lists, keys as text, and None for a number that is not finite."""
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}

@@ -54,10 +54,10 @@ class SyntheticBatch:
             raise ValueError(f"n_responses must be a multiple of group_size = {group_size}, got {n_responses}")
         generator = torch.Generator(device).manual_seed(seed)
 
-        def uniform(*size):
+        def uniform(*size: int) -> torch.Tensor:
             return torch.rand(size, generator=generator, device=device)
 
-        def normal(*size):
+        def normal(*size: int) -> torch.Tensor:
             return torch.randn(size, generator=generator, device=device)
 
         if weight is None:

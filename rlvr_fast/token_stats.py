@@ -45,7 +45,7 @@ class TokenStats:
                    hidden_grad)
 
     def __repr__(self) -> str:
-        def mean(values):
+        def mean(values: torch.Tensor | None) -> str:
             return "n/a" if values is None or values.numel() == 0 else f"{values.mean().item():.4g}"
 
         return (f"TokenStats(tokens={self.logp.numel()}; means: logp={mean(self.logp)}, "

@@ -25,7 +25,7 @@ _ALLOWED = {"rows": _POWERS, "columns": _POWERS, "depth": _POWERS, "slices": (1,
 _SIZES = ("bytes_per_element", "n_tokens", "vocabulary_size", "hidden_size")
 
 
-def load_tiles(path: str | os.PathLike | None) -> tuple[TunedTile, ...]:
+def load_tiles(path: str | os.PathLike[str] | None) -> tuple[TunedTile, ...]:
     """Use the tiles of a file, ahead of those that come with the package; None goes back to the latter alone.
 
     Call it once per process, on every rank with the same file, before the first kernel. It replaces what an earlier
@@ -46,7 +46,7 @@ def load_tiles(path: str | os.PathLike | None) -> tuple[TunedTile, ...]:
     return own
 
 
-def read_tiles(path: str | os.PathLike) -> tuple[TunedTile, ...]:
+def read_tiles(path: str | os.PathLike[str]) -> tuple[TunedTile, ...]:
     """The checked entries of a table file."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -57,7 +57,7 @@ def read_tiles(path: str | os.PathLike) -> tuple[TunedTile, ...]:
     return tuple(_entry(f"entry {index} of {path}", row) for index, row in enumerate(content["tiles"]))
 
 
-def merge_tiles(path: str | os.PathLike, new: Sequence[TunedTile]) -> tuple[TunedTile, ...]:
+def merge_tiles(path: str | os.PathLike[str], new: Sequence[TunedTile]) -> tuple[TunedTile, ...]:
     """Write ``new`` into the file at ``path``, in place of entries for the same chip, dtype size and shape.
 
     The file is replaced in one step: a reader sees the old table or the new one, and a failure leaves the old one.

@@ -187,7 +187,8 @@ def compare_tiles(candidates: Sequence[HeadTile], operations: Sequence[Operation
     expected = _results(default, operations, input_sets)
     rejected = {tile: _objection(tile, operations, expected) for tile in tiles[1:]}
     running = [tile for tile in tiles if rejected.get(tile) is None]
-    times = {(tile, operation.name): [] for tile in running for operation in operations}
+    times: dict[tuple[HeadTile, str], list[float]] = {
+        (tile, operation.name): [] for tile in running for operation in operations}
     for repeat in range(repeats):
         for operation in operations:
             for tile in running:
@@ -216,9 +217,9 @@ def _objection(tile: HeadTile, operations: Sequence[Operation], expected: list[l
     for index, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
         operation = operations[index // input_sets]
         for mine, wanted in zip(ours, theirs, strict=True):
-            error = _norm(mine.float() - wanted.float()) / max(_norm(wanted), 1e-30)
-            if not error <= operation.tolerance:  # NaN included
-                return f"wrong: {operation.name} differs from the default's by {error:.1e} of its norm"
+            off = _norm(mine.float() - wanted.float()) / max(_norm(wanted), 1e-30)
+            if not off <= operation.tolerance:  # NaN included
+                return f"wrong: {operation.name} differs from the default's by {off:.1e} of its norm"
     return None
 
 
@@ -230,16 +231,19 @@ def head_operations(inputs: Sequence[SyntheticBatch], backend: str = "triton") -
     """The measured calls on ``inputs``."""
     tolerance = FP32_TOLERANCE if inputs[0].hidden.dtype == torch.float32 else HALF_TOLERANCE
 
-    def statistics_of(index):
+    def statistics_of(index: int) -> tuple[torch.Tensor, ...]:
         batch = inputs[index]
         stats = token_stats(batch.hidden, batch.weight, batch.rollouts.tokens, backend=backend)
-        return stats.logp, stats.lse, stats.entropy, stats.sum_p_sq, stats.score_sq
+        columns = stats.logp, stats.lse, stats.entropy, stats.sum_p_sq, stats.score_sq
+        return tuple(column for column in columns if column is not None)  # of hidden states, all are there
 
-    def hidden_gap(index):
+    def hidden_gap(index: int) -> list[torch.Tensor]:
         batch = inputs[index]
-        return [gradient_gap(batch.hidden, batch.weight, batch.rollouts, backend=backend).gradients.vectors]
+        gap = gradient_gap(batch.hidden, batch.weight, batch.rollouts, backend=backend)
+        assert gap.gradients is not None  # as at every level that has vectors
+        return [gap.gradients.vectors]
 
-    def forward_and_backward(index):
+    def forward_and_backward(index: int) -> tuple[torch.Tensor, ...]:
         batch = inputs[index]
         hidden, weight = (x.detach().requires_grad_() for x in (batch.hidden, batch.weight))
         logp, _ = linear_logprob(hidden, weight, batch.rollouts.tokens, backend=backend)

@@ -94,6 +94,7 @@ class VocabularyShard:
     def operator_arguments(self) -> tuple[list[int], str]:
         """The shard in types that a torch operator takes."""
         group = dist.group.WORLD if self.group is None else self.group
+        assert group is not None  # checked when the shard was made
         return [self.first, self.rows, self.size, self.largest], group.group_name
 
     @property
@@ -150,10 +151,10 @@ class VocabularyShard:
 
 def restored(numbers: list[int] | None, group_name: str | None) -> VocabularyShard | None:
     """The shard that gave these ``operator_arguments``; nobody is asked again, it was checked when it was made."""
-    if numbers is None:
+    if numbers is None or group_name is None:
         return None
     shard = object.__new__(VocabularyShard)
-    group = dist.distributed_c10d._resolve_process_group(group_name)
+    group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]  # private
     for name, value in zip(("first", "rows", "size", "largest", "group"), (*numbers, group), strict=True):
         object.__setattr__(shard, name, value)
     return shard
@@ -209,7 +210,7 @@ def agreement(vocabulary: VocabularyShard | None) -> Iterator[Callable[..., None
 
 def _describe_call(name: str, hidden: torch.Tensor, tokens: torch.Tensor, head: Head, *options: str) -> str:
     """A call in words; token ids only where reading them costs no waiting."""
-    ids = [f"tokens #{zlib.crc32(tokens.contiguous().numpy()):08x}"] if tokens.device.type == "cpu" else []
+    ids = [f"tokens #{zlib.crc32(tokens.contiguous().numpy().data):08x}"] if tokens.device.type == "cpu" else []
     return ", ".join([f"{name}: hidden {list(hidden.shape)} {hidden.dtype} on {hidden.device.type}", *ids,
                       f"bias {head.bias is not None}", f"temperature {head.temperature}", f"softcap {head.softcap}",
                       *options])

@@ -13,6 +13,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -107,7 +109,8 @@ def warm_up(weight: torch.Tensor, *, bias: torch.Tensor | None = None, temperatu
     compiles = name == "triton"
     size = n_tokens if weight.is_cuda else min(n_tokens, TOKENS_WITHOUT_COMPILER)
     most = MOST_BATCHES if compiles else 1
-    seconds, compiled = {call: [] for call in calls}, {call: Counter() for call in calls}
+    seconds: dict[str, list[float]] = {call: [] for call in calls}
+    compiled: dict[str, Counter[str]] = {call: Counter() for call in calls}
     batches = quiet = 0
     while batches < most and quiet < QUIET_BATCHES:
         batch = _batch(weight, size, batches)
@@ -123,24 +126,25 @@ def warm_up(weight: torch.Tensor, *, bias: torch.Tensor | None = None, temperatu
     return WarmUpReport(name, weight.device, operations, batches, quiet >= min(QUIET_BATCHES, most))
 
 
-def _calls(levels: tuple[str, ...], differentiable: bool, options: dict) -> dict[str, Callable]:
+def _calls(levels: tuple[str, ...], differentiable: bool, options: dict[str, Any]
+           ) -> dict[str, Callable[[SyntheticBatch], None]]:
     """Every call that the loop will make, as a function of a batch."""
 
-    def stats(batch):
+    def stats(batch: SyntheticBatch) -> None:
         token_stats(batch.hidden, batch.weight, batch.rollouts.tokens, **options)
 
-    def gap(batch, level):
+    def gap(level: str, batch: SyntheticBatch) -> None:
         gradient_gap(batch.hidden, batch.weight, batch.rollouts, level=level, **options)
 
-    def forward_and_backward(batch):
-        inputs = [x.detach().requires_grad_() for x in (batch.hidden, batch.weight)]
+    def forward_and_backward(batch: SyntheticBatch) -> None:
+        hidden, weight = (x.detach().requires_grad_() for x in (batch.hidden, batch.weight))
         with torch.enable_grad():
-            logp, entropy = linear_logprob(*inputs, batch.rollouts.tokens, **options)
-            torch.autograd.grad(logp.sum() + entropy.sum(), inputs)
+            logp, entropy = linear_logprob(hidden, weight, batch.rollouts.tokens, **options)
+            torch.autograd.grad(logp.sum() + entropy.sum(), (hidden, weight))
 
-    calls = {"token_stats": stats}
+    calls: dict[str, Callable[[SyntheticBatch], None]] = {"token_stats": stats}
     for level in levels:
-        calls[f"gradient_gap {level}"] = lambda batch, level=level: gap(batch, level)
+        calls[f"gradient_gap {level}"] = partial(gap, level)
     if differentiable:
         calls["linear_logprob fwd+bwd"] = forward_and_backward
     return calls
@@ -156,7 +160,7 @@ def _batch(weight: torch.Tensor, n_tokens: int, index: int) -> SyntheticBatch:
                                device=weight.device, seed=index, weight=weight.detach())
 
 
-def _seconds(run: Callable, batch: SyntheticBatch) -> float:
+def _seconds(run: Callable[[SyntheticBatch], None], batch: SyntheticBatch) -> float:
     started = time.perf_counter()
     run(batch)
     if batch.weight.is_cuda:
@@ -165,9 +169,9 @@ def _seconds(run: Callable, batch: SyntheticBatch) -> float:
 
 
 @contextlib.contextmanager
-def count_compilations() -> Iterator[Counter]:
+def count_compilations() -> Iterator[Counter[str]]:
     """Counts, by kernel name, what Triton compiles or loads from its disk cache inside the block."""
-    found = Counter()
+    found: Counter[str] = Counter()
     try:
         from triton import knobs
     except ImportError:
@@ -175,7 +179,7 @@ def count_compilations() -> Iterator[Counter]:
         return
     other = knobs.compilation.listener
 
-    def listen(*, src, **details):
+    def listen(*, src: Any, **details: Any) -> None:
         found[src.name] += 1
         if other is not None:
             other(src=src, **details)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from report_pages import lines
 from report_runs import full_run, gap_of, interference_of, meter_metrics
 
 from rlvr_fast.report import write_report
-from rlvr_fast.report.load import load
+from rlvr_fast.report.breakdown import prompts_section
+from rlvr_fast.report.load import Recorded, load
 from rlvr_fast.report.page import MISSING
 from rlvr_fast.report.section import POINTS, thin
 from rlvr_fast.report.verdicts import headline, judge
@@ -192,3 +194,10 @@ def test_an_undetermined_step_gives_its_reason(tmp_path, report):
     rows = [{"step": 1, "verdict": "safe"}, {"step": 2, "verdict": "undetermined", "reason": "few <b>prompts</b>"}]
     page = report(lines(tmp_path / "steps.jsonl", rows))
     assert "Undetermined since step 2 (1 in a row); safe before. Reason: few <b>prompts</b>." in page.text
+
+
+def test_prompts_of_the_dump_are_counted_in_full_beside_a_spectrum_without_prompts():
+    row = {"prompt": "a", "correct": 1, "rollouts": 2, "low": 0.1, "high": 0.9, "groups": 1, "mixed": 1.0}
+    recorded = Recorded("run", (), {"prompts": [row] * 200, "summary": {"prompts": 5000}},
+                        {"spectrum": {"prompts": []}}, {}, Counter(), 0)
+    assert prompts_section(recorded).table.note == "100 of 5,000 prompts."

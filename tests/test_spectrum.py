@@ -574,3 +574,11 @@ def test_bad_mixtures_are_named(four, arguments, kind, message):
     found: DifficultySpectrum = difficulty_spectrum(four, [1, 1, 2, 2])
     with pytest.raises(kind, match=message):
         found.mixture(**arguments)
+
+
+def test_numbers_in_one_step_and_labels_in_another_are_refused(four):
+    generator = torch.Generator().manual_seed(3)
+    other = gap_of(*prompts(generator, [0.4] * 2, [0.5] * 2), ids=("x", "y"))
+    for difficulty in ([[1, 2, 3, 4], ["easy", "hard"]], [["a", "b", "c", "d"], [1, 2]]):
+        with pytest.raises(TypeError, match="difficulty must be all numbers or all strings"):
+            difficulty_spectrum([four, other], difficulty)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rlvr_fast.analyze import figures
 from rlvr_fast.analyze.responses import Responses, read_responses
@@ -14,8 +15,8 @@ NO_GAP = ("successes alone do not tell a learnable prompt from a lucky guess: th
           "(rf.difficulty_spectrum)")
 
 
-def analyze(path: str | Path, *, columns: dict[str, str | None] | None = None, threshold: float | None = None,
-            prompts: int = 10, progress: Callable[[int], None] = lambda rows: None) -> dict[str, object]:
+def analyze(path: str | Path, *, columns: Mapping[str, str | None] | None = None, threshold: float | None = None,
+            prompts: int = 10, progress: Callable[[int], None] = lambda rows: None) -> dict[str, Any]:
     """Everything that a rollout dump tells, as plain numbers: summary, steps, spectrum, difficulty, prompts, notes.
 
     Args:
@@ -38,7 +39,7 @@ def analyze(path: str | Path, *, columns: dict[str, str | None] | None = None, t
     groups = figures.Groups.of(responses, correct)
     rate = groups.rate
     difference, difference_stderr, n_mixed = figures.length_effect(groups)
-    result: dict[str, object] = {
+    result = {
         "columns": asdict(responses.columns),
         "summary": {
             "responses": len(responses.reward), "unscored": responses.unscored, "prompts": len(responses.prompt_names),
@@ -49,7 +50,8 @@ def analyze(path: str | Path, *, columns: dict[str, str | None] | None = None, t
             "length_difference_stderr": difference_stderr},
         "steps": figures.by_step(responses, correct, groups),
         "spectrum": figures.spectrum(groups),
-        "difficulty": [] if responses.difficulty is None else figures.by_difficulty(responses, groups),
+        "difficulty": [] if responses.difficulty is None else figures.by_difficulty(
+            responses.prompt, responses.difficulty, groups),
         "prompts": figures.by_prompt(responses, groups, prompts),
         "notes": _notes(responses, groups, n_mixed)}
     return plain(result)

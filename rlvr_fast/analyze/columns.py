@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 KNOWN: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt_id", "uid", "group_id", "problem_id", "prompt_index", "group", "prompt", "input", "question"),
@@ -38,13 +40,13 @@ class Columns:
         return frozenset(name for name in (getattr(self, field.name) for field in fields(self)) if name is not None)
 
 
-def find_columns(present: list[str], given: dict[str, str | None], source: str) -> Columns:
+def find_columns(present: list[str], given: Mapping[str, str | None], source: str) -> Columns:
     """Columns of a file that has those ``present``; ``given`` names override what is known.
 
     Raises:
         ValueError: if a given name is not there, or no column is known for prompts or rewards; lists those present.
     """
-    chosen: dict[str, str | None] = {}
+    chosen: dict[str, Any] = {}  # names; None only for roles that are not required
     for role, names in KNOWN.items():
         wanted = given.get(role)
         if wanted is not None and wanted not in present:

@@ -14,7 +14,7 @@ import torch
 
 from rlvr_fast.analyze.responses import Responses
 from rlvr_fast.rollouts import Rollouts
-from rlvr_fast.spectrum.evidence import effective_rollouts, wilson
+from rlvr_fast.spectrum.success_rates import effective_rollouts, wilson
 from rlvr_fast.step.measure import measure_step
 
 Z95 = 1.959963984540054
@@ -107,19 +107,20 @@ def by_step(responses: Responses, correct: torch.Tensor, groups: Groups) -> list
             row["length_difference"] = _finite_mean(groups.difference[own])[0]
         if responses.logp is not None and responses.logp_after is not None:
             try:
-                row |= step_effect(responses, correct, members)
+                row |= step_effect(responses, responses.logp, responses.logp_after, correct, members)
             except ValueError as error:
                 raise ValueError(f"step {step}: {error}") from None
         rows.append(row)
     return rows
 
 
-def step_effect(responses: Responses, correct: torch.Tensor, members: torch.Tensor) -> dict[str, float]:
+def step_effect(responses: Responses, logp: torch.Tensor, logp_after: torch.Tensor, correct: torch.Tensor,
+                members: torch.Tensor) -> dict[str, float]:
     """``measure_step`` on the responses of one step: what the update did, with the log-probs as the dump has them."""
     n = len(members)
     rollouts = Rollouts.from_packed(torch.zeros(n, dtype=torch.int64), torch.arange(n + 1), responses.reward[members],
                                     responses.prompt[members], correct=correct[members])
-    measured = measure_step(responses.logp[members], responses.logp_after[members], rollouts)
+    measured = measure_step(logp[members], logp_after[members], rollouts)
     return {"gain": measured.success_gain.item(), "gain_stderr": measured.success_gain_stderr.item(),
             "log_odds_gain": _finite_mean(measured.log_odds_gain)[0], "ess_fraction": measured.ess_fraction.item(),
             "mean_ratio": measured.mean_ratio.item()}
@@ -147,11 +148,14 @@ def spectrum(groups: Groups) -> list[dict[str, object]]:
     return _bins(groups, index, list(BIN_LABELS))
 
 
-def by_difficulty(responses: Responses, groups: Groups) -> list[dict[str, object]]:
-    """Prompts binned by the dump's own difficulty: each value a bin if they are few, else deciles."""
+def by_difficulty(prompt: torch.Tensor, given: torch.Tensor, groups: Groups) -> list[dict[str, object]]:
+    """Prompts binned by the dump's own difficulty, ``given`` [R] for responses to ``prompt`` [R].
+
+    Each value is a bin if they are few, else deciles are.
+    """
     difficulty = torch.full((groups.n_prompts,), math.nan, dtype=torch.float64)
-    difficulty[responses.prompt] = responses.difficulty
-    if not torch.equal(difficulty[responses.prompt], responses.difficulty):
+    difficulty[prompt] = given
+    if not torch.equal(difficulty[prompt], given):
         raise ValueError("the difficulty of a prompt differs between its rows")
     values = difficulty.unique()
     if len(values) > FEW_DIFFICULTIES:

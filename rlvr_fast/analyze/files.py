@@ -45,6 +45,7 @@ def rows_of(path: Path, columns: frozenset[str] | None = None) -> Iterator[Row]:
         ValueError: naming file, line or column of what cannot be read; on the way, not before the first row.
     """
     reader = _reader(path)
+    assert reader is not None  # of those that rollout_files found
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     return reader(path, columns)
@@ -77,8 +78,8 @@ def json_lines(path: Path, columns: frozenset[str] | None = None, *, cut_off: Ca
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
                     if line.endswith("\n"):
-                        parsed = isinstance(error, json.JSONDecodeError)
-                        detail = f"{error.msg} at column {error.colno}" if parsed else error
+                        parsed = error if isinstance(error, json.JSONDecodeError) else None
+                        detail = error if parsed is None else f"{parsed.msg} at column {parsed.colno}"
                         raise ValueError(f"{path}, line {number}: no JSON ({detail})") from None
                     if cut_off is None:
                         raise ValueError(f"{path}, line {number}: the file is cut off in the middle of its last row; "

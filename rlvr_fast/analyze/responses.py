@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ class Responses:
     columns: Columns
 
 
-def read_responses(path: str | Path, given: dict[str, str | None] | None = None,
+def read_responses(path: str | Path, given: Mapping[str, str | None] | None = None,
                    progress: Callable[[int], None] = lambda rows: None) -> Responses:
     """Read a file or a folder.
 
@@ -142,17 +143,17 @@ class _Collector:
     @staticmethod
     def _figure(role: str, value: object) -> float:
         """A finite number, or the sum of a list of them (one per token)."""
-        summed = isinstance(value, list) and all(isinstance(token, int | float) for token in value)
-        total = math.fsum(value) if summed else _number(role, value)
+        tokens = value if isinstance(value, list) and all(isinstance(token, int | float) for token in value) else None
+        total = _number(role, value) if tokens is None else math.fsum(tokens)
         if total is None or not math.isfinite(total):
             raise ValueError(f"{role} must be a finite number{' or a list of them' if 'logp' in role else ''}, "
                              f"got {_short(value)}")
-        if "logp" in role and max(value if summed else [total], default=0) > 0:
+        if "logp" in role and max([total] if tokens is None else tokens, default=0) > 0:
             raise ValueError(f"{role} must be log-probs, never above 0, got {_short(value)}")
         return total
 
 
-def _tensor(values: array) -> torch.Tensor:
+def _tensor(values: array[Any]) -> torch.Tensor:
     return torch.from_numpy(np.array(values))
 
 

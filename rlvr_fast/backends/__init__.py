@@ -28,6 +28,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -67,7 +68,7 @@ def resolve(backend: str, device: torch.device) -> str:
     return backend
 
 
-def select(operation: str, backend: str, device: torch.device) -> Callable:
+def select(operation: str, backend: str, device: torch.device) -> Callable[..., Any]:
     """The function that serves ``operation`` on ``device``; torch's where the backend leaves it out."""
     name = resolve(backend, device)
     return getattr(_module(name), operation, None) or getattr(_module("torch"), operation)

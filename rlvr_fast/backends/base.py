@@ -30,12 +30,11 @@ class Merge(Protocol):
 
     A collective: every rank must call it equally often, for the same tokens. So a backend cuts its chunks by what all
     ranks share: N, D and ``largest_shard`` in place of its own number of rows.
-
-    Attributes:
-        largest_shard: rows of the largest shard.
     """
 
-    largest_shard: int
+    @property
+    def largest_shard(self) -> int:
+        """Rows of the largest shard."""
 
     def __call__(self, local: TokenPass) -> tuple[TokenPass, torch.Tensor]:
         """(pass over the whole vocabulary, [C] float32 probability of this rank's shard) of a chunk of C tokens."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-from types import ModuleType
 
 import torch
 
@@ -17,20 +16,21 @@ _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @functools.cache
-def _load() -> ModuleType | str:
-    """The extension, or why it cannot be imported."""
+def _why_missing() -> str | None:
+    """Why the extension cannot be imported; None if it can."""
     try:
-        return importlib.import_module("rlvr_fast._cuda_rows")
+        importlib.import_module("rlvr_fast._cuda_rows")
     except ImportError as error:
         return str(error)
+    return None
 
 
 def unavailable(device: torch.device) -> str | None:
     """Why the CUDA row pass cannot serve tensors on ``device``; None if it can."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"the CUDA row pass needs an NVIDIA GPU, the tensors are on {device}"
-    if isinstance(_load(), str):
-        return f"the CUDA extension is not built ({_load()}); install with nvcc on PATH or under CUDA_HOME"
+    if _why_missing() is not None:
+        return f"the CUDA extension is not built ({_why_missing()}); install with nvcc on PATH or under CUDA_HOME"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"the CUDA row pass needs compute capability 8.0, {torch.cuda.get_device_name(device)} is older"
     return None
@@ -47,6 +47,8 @@ def logits_pass(logits: torch.Tensor, tokens: torch.Tensor, temperature: float, 
         ValueError: a vocabulary of 2^30 or more, or a cluster of another size.
         RuntimeError: a CUDA call failed; the message says which, and with what error.
     """
+    from rlvr_fast import _cuda_rows
+
     n_rows, vocabulary = logits.shape
     if vocabulary > LARGEST_VOCABULARY:
         raise ValueError(f"logits must have V <= {LARGEST_VOCABULARY}, got {vocabulary}")
@@ -54,7 +56,7 @@ def logits_pass(logits: torch.Tensor, tokens: torch.Tensor, temperature: float, 
         raise ValueError(f"smallest_cluster must be one of {CLUSTERS}, got {smallest_cluster!r}")
     results = torch.empty(N_RESULTS, n_rows, dtype=torch.float32, device=logits.device)
     if n_rows:
-        _load().row_pass(
+        _cuda_rows.row_pass(
             logits_dtype=_DTYPE_CODES[logits.dtype], logits=logits.data_ptr(), logits_stride=logits.stride(0),
             tokens=tokens.data_ptr(), block_dtype=_DTYPE_CODES[logits.dtype if block is None else block.dtype],
             block=0 if block is None else block.data_ptr(), block_stride=0 if block is None else block.stride(0),
@@ -67,4 +69,6 @@ def logits_pass(logits: torch.Tensor, tokens: torch.Tensor, temperature: float, 
 def row_layout(dtype: torch.dtype, vocabulary: int, with_block: bool, device: torch.device, *,
                smallest_cluster: int = 1) -> tuple[int, int, int]:
     """(thread blocks per row, threads per block, bytes of shared memory per block) that ``logits_pass`` takes."""
-    return _load().row_layout(_DTYPE_CODES[dtype], vocabulary, with_block, device.index or 0, smallest_cluster)
+    from rlvr_fast import _cuda_rows
+
+    return _cuda_rows.row_layout(_DTYPE_CODES[dtype], vocabulary, with_block, device.index or 0, smallest_cluster)

@@ -91,7 +91,8 @@ def _implementation(name: str) -> Callable[..., TokenPass]:
     return {"torch": torch_backend.logits_pass, "triton": _triton_pass, "cuda": cuda_rows.logits_pass}[name]
 
 
-def _triton_pass(logits, tokens, temperature, softcap, block) -> TokenPass:
+def _triton_pass(logits: torch.Tensor, tokens: torch.Tensor, temperature: float, softcap: float | None,
+                 block: torch.Tensor | None) -> TokenPass:
     from rlvr_fast.kernels.row_stats import N_RESULTS, row_stats
 
     results = torch.empty(N_RESULTS, len(logits), dtype=torch.float32, device=logits.device)

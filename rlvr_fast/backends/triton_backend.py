@@ -177,17 +177,20 @@ def linear_logprob_backward(grad_logp: torch.Tensor | None, grad_entropy: torch.
     entropy_slope = None if grad_entropy is None else k * rate / LOG2_E
     blocks = gradient_blocks(hidden, tokens, head, token_pass.lse, (g + k * token_pass.entropy) * rate, entropy_slope,
                              target * rate)
-    inputs = (hidden, head.weight, head.bias)
-    gradients = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) if needed else None
-                 for x, needed in zip(inputs, needs, strict=True)]
+    of_hidden, of_weight, of_bias = gradients = tuple(
+        torch.zeros(x.shape, dtype=torch.float32, device=x.device) if needed and x is not None else None
+        for x, needed in zip((hidden, head.weight, head.bias), needs, strict=True))
     for rows, columns, block in blocks if any(needs) else ():
-        if needs[0]:
-            gradients[0][rows] += product(block, head.weight[columns])
-        if needs[1]:
-            gradients[1][columns] += product(block.T, hidden[rows])
-        if needs[2]:
-            gradients[2][columns] += block.sum(0, dtype=torch.float32)
-    return tuple(None if gradient is None else gradient.div_(scale) for gradient in gradients)
+        if of_hidden is not None:
+            of_hidden[rows] += product(block, head.weight[columns])
+        if of_weight is not None:
+            of_weight[columns] += product(block.T, hidden[rows])
+        if of_bias is not None:
+            of_bias[columns] += block.sum(0, dtype=torch.float32)
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.div_(scale)
+    return of_hidden, of_weight, of_bias
 
 
 # -- pieces -----------------------------------------------------------------------------------------------------------

@@ -129,8 +129,9 @@ def merged_pass(own: torch.Tensor, merge: Merge | None) -> tuple[torch.Tensor, t
     return torch.stack(list(token_pass)), own[7] * share
 
 
-def gradient_blocks(hidden, tokens, head, lse, slope, entropy_slope, target, *, all_rows=False, max_width=None
-                    ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+def gradient_blocks(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, lse: torch.Tensor, slope: torch.Tensor,
+                    entropy_slope: torch.Tensor | None, target: torch.Tensor, *, all_rows: bool = False,
+                    max_width: int | None = None) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """(tokens, vocabulary entries, ``head_gradient`` of them), in one reused buffer of at most CHUNK_BYTES."""
     n_tokens = len(hidden)
     if n_tokens == 0:
@@ -194,7 +195,7 @@ def split_terms(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor,
 
 def _parts(tiles: int, n_processors: int) -> int:
     """The fewest parts with which all but a tenth of the multiprocessors' time is used; at most MOST_PARTS."""
-    def used(parts):
+    def used(parts: int) -> float:
         waves = tiles * parts / n_processors
         return waves / ceil(waves)
 

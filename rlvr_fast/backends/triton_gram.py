@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
+from torch import Tensor
 
 from rlvr_fast.backends.base import Merge, TokenPass
 from rlvr_fast.backends.triton_blocks import (
@@ -50,6 +51,7 @@ from rlvr_fast.kernels.score_block import score_block
 
 # Prompts are taken together up to this many tokens: fewer would make the pass read the weight too often.
 BLOCK_TOKENS = 4096
+Groups = list[list[tuple[int, int]]]  # per prompt its responses' (start, stop) token spans
 PAIR_ROWS = 1024  # rows of a block of token pairs; only blocks on or above the diagonal are computed
 
 
@@ -62,17 +64,18 @@ class _Block:
         bounds: per prompt the borders of its responses, counted within the block.
     """
 
-    hidden: torch.Tensor
-    tokens: torch.Tensor
-    coefficients: torch.Tensor
+    hidden: Tensor
+    tokens: Tensor
+    coefficients: Tensor
     bounds: list[list[int]]
 
     @classmethod
-    def of(cls, hidden, tokens, coefficients, groups) -> tuple[_Block, torch.Tensor]:
+    def of(cls, hidden: Tensor, tokens: Tensor, coefficients: Tensor, groups: Groups) -> tuple[_Block, Tensor]:
         """The block and the places of its tokens in the batch."""
         spans = [span for group in groups for span in group]
         index = torch.cat([torch.arange(start, stop, device=hidden.device) for start, stop in spans])
-        ends, bounds = list(accumulate((stop - start for start, stop in spans), initial=0)), []
+        ends = list(accumulate((stop - start for start, stop in spans), initial=0))
+        bounds: list[list[int]] = []
         for group in groups:
             first = sum(map(len, bounds)) - len(bounds)
             bounds.append(ends[first:first + len(group) + 1])
@@ -80,13 +83,10 @@ class _Block:
 
 
 @torch.no_grad()
-def head_pass_with_gram(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, coefficients: torch.Tensor,
-                        groups: list[list[tuple[int, int]]], merge: Merge | None = None
-                        ) -> tuple[TokenPass, list[torch.Tensor]]:
-    """Statistics of every token and per prompt ⟨G_i, G_j⟩: [n, n] float64, this shard's share of it where merged.
-
-    ``groups`` holds each prompt's (start, stop) token spans, which cover all tokens.
-    """
+def head_pass_with_gram(hidden: Tensor, tokens: Tensor, head: Head, coefficients: Tensor, groups: Groups,
+                        merge: Merge | None = None) -> tuple[TokenPass, list[Tensor]]:
+    """Statistics of every token, of which each is in a span, and per prompt ⟨G_i, G_j⟩: [n, n] float64, this shard's
+    share of it where merged."""
     results = torch.empty(6, len(hidden), dtype=torch.float32, device=hidden.device)
     grams = []
     for prompts, by_pairs in _blocks_of_prompts(groups, head.hidden_size):
@@ -101,8 +101,8 @@ def head_pass_with_gram(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, 
 
 
 @torch.no_grad()
-def head_gram(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, token_pass: TokenPass, coefficients: torch.Tensor,
-              groups: list[list[tuple[int, int]]]) -> list[torch.Tensor]:
+def head_gram(hidden: Tensor, tokens: Tensor, head: Head, token_pass: TokenPass, coefficients: Tensor, groups: Groups
+              ) -> list[Tensor]:
     """The Gram matrices alone, of a pass that was made before; the logits are recomputed."""
     grams = []
     for prompts, by_pairs in _blocks_of_prompts(groups, head.hidden_size):
@@ -113,9 +113,9 @@ def head_gram(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, token_pass
     return grams
 
 
-def _blocks_of_prompts(groups, hidden_size: int) -> Iterator[tuple[list[list[tuple[int, int]]], bool]]:
+def _blocks_of_prompts(groups: Groups, hidden_size: int) -> Iterator[tuple[Groups, bool]]:
     """(prompts in their order, whether pairs of tokens are the cheaper way)."""
-    block, total = [], 0
+    block, total = Groups(), 0
     for spans in groups:
         size = sum(stop - start for start, stop in spans)
         by_pairs = size <= 2 * hidden_size
@@ -155,22 +155,22 @@ class _Pairs:
         """Of the sums."""
         return sum(4 * sums.numel() for sums in self.sums)
 
-    def rescale(self, scale: torch.Tensor) -> None:
+    def rescale(self, scale: Tensor) -> None:
         """Every token's E so far times ``scale`` [M]."""
         for (_, top, bottom, stop), sums in zip(self.places, self.sums, strict=True):
             sums.mul_(scale[top:bottom, None]).mul_(scale[None, top:stop])
 
-    def add(self, slab: torch.Tensor) -> None:
+    def add(self, slab: Tensor) -> None:
         """E [M, w] of some vocabulary entries."""
         for (_, top, bottom, stop), sums in zip(self.places, self.sums, strict=True):
             sums.add_(long_product(slab[top:bottom], slab[top:stop].T))
 
-    def finish(self, unit: torch.Tensor, token_pass: TokenPass, target_slope: torch.Tensor) -> _Pairs:
+    def finish(self, unit: Tensor, token_pass: TokenPass, target_slope: Tensor) -> _Pairs:
         self.unit, self.off_mass, self.target_slope = unit, token_pass.off_mass, target_slope
         self.others_lse = token_pass.lse + torch.where(self.off_mass > 0, self.off_mass, 1.0).log()
         return self
 
-    def grams(self, block: _Block, head: Head) -> list[torch.Tensor]:
+    def grams(self, block: _Block, head: Head) -> list[Tensor]:
         """One [n, n] float64 per prompt."""
         operands = Operands.of(block.hidden, head)
         weights = block.coefficients.double() * self.off_mass.double() / head.temperature
@@ -188,7 +188,7 @@ class _Pairs:
             grams[prompt] += (of_rows[:, beyond:] @ of_columns[beyond:]).T
         return grams
 
-    def _target_terms(self, operands: Operands, tokens, rows: slice, columns: slice) -> torch.Tensor:
+    def _target_terms(self, operands: Operands, tokens: Tensor, rows: slice, columns: slice) -> Tensor:
         """⟨u_t, u_s⟩ - ⟨q_t, q_s⟩."""
         here, there = tokens[rows, None], tokens[None, columns]
         same = here == there  # two tokens of other shards have slope 0
@@ -197,7 +197,7 @@ class _Pairs:
         of_columns = torch.where(same | (here < 0), 0.0, self._entries(operands, tokens, columns, rows).T)
         return torch.where(same, own * other, 0.0) - other * of_rows - own * of_columns
 
-    def _entries(self, operands: Operands, tokens, rows: slice, columns: slice) -> torch.Tensor:
+    def _entries(self, operands: Operands, tokens: Tensor, rows: slice, columns: slice) -> Tensor:
         """q_t[y_s]: [rows, columns]; arbitrary where y_s = y_t or y_s is in another shard."""
         ids = tokens[columns].clamp_min(0)
         hidden = operands.hidden[rows]
@@ -209,7 +209,7 @@ class _Pairs:
         return entries
 
 
-def _pairs_of_pass(block: _Block, head: Head, merge: Merge | None) -> tuple[torch.Tensor, _Pairs]:
+def _pairs_of_pass(block: _Block, head: Head, merge: Merge | None) -> tuple[Tensor, _Pairs]:
     """([6, M] TokenPass, pairs) in one product, whose numerators are used as they come."""
     operands, pairs = Operands.of(block.hidden, head, merge), _Pairs(block)
     n_tokens, vocabulary, tile = len(block.tokens), len(operands.weight), operands.tile
@@ -252,7 +252,7 @@ def _pairs_of_gradients(block: _Block, head: Head, token_pass: TokenPass) -> _Pa
     return pairs
 
 
-def _target_slope(block: _Block, head: Head) -> torch.Tensor:
+def _target_slope(block: _Block, head: Head) -> Tensor:
     """f_y = 1 - tanh²(raw_y / softcap): [M] float32."""
     if head.softcap is None:
         return torch.ones(len(block.tokens), device=block.tokens.device)
@@ -264,7 +264,7 @@ def _target_slope(block: _Block, head: Head) -> torch.Tensor:
     return torch.cosh(raw / head.softcap).square().reciprocal()
 
 
-def _membership(bounds: list[int], weights: torch.Tensor) -> torch.Tensor:
+def _membership(bounds: list[int], weights: Tensor) -> Tensor:
     """[n, M] float64: a token's weight in the row of its response, over the tokens of the whole block."""
     member = weights.new_zeros(len(bounds) - 1, len(weights))
     for row, (start, stop) in zip(member, pairwise(bounds), strict=True):
@@ -275,7 +275,7 @@ def _membership(bounds: list[int], weights: torch.Tensor) -> torch.Tensor:
 # -- slices of the vocabulary -----------------------------------------------------------------------------------------
 
 
-def _pass_of(block: _Block, head: Head, merge: Merge | None) -> torch.Tensor:
+def _pass_of(block: _Block, head: Head, merge: Merge | None) -> Tensor:
     """[6, M], the fields of TokenPass."""
     operands = Operands.of(block.hidden, head, merge)
     own = torch.empty(N_RESULTS, len(block.tokens), dtype=torch.float32, device=block.tokens.device)
@@ -285,7 +285,7 @@ def _pass_of(block: _Block, head: Head, merge: Merge | None) -> torch.Tensor:
     return merged_pass(own, merge)[0]
 
 
-def _grams_of_slices(block: _Block, head: Head, token_pass: TokenPass) -> list[torch.Tensor]:
+def _grams_of_slices(block: _Block, head: Head, token_pass: TokenPass) -> list[Tensor]:
     """Σ over vocabulary slices of ⟨G_i, G_j⟩ within the slice, for a block of one prompt."""
     (bounds,) = block.bounds
     scale = power_of_two(block.coefficients.abs() / head.temperature)

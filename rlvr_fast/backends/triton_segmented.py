@@ -74,7 +74,7 @@ def segmented_gradient(b: torch.Tensor, a: torch.Tensor, starts: torch.Tensor, s
     if n_programs and n_prompts > 0:
         kernel.segmented_gradient(b, a, starts, stops, cu_prompts, tile, n_splits, direction, stash, planes, grams,
                                   dots, split)
-    if n_splits > 1 and gradient is not None:
+    if n_splits > 1 and gradient is not None and planes is not None:
         gradient += planes.sum(0)
     return grams.sum(0)[:, :n_max], None if dots is None else dots.sum(0)
 
@@ -111,7 +111,8 @@ def prompt_products(uses: Sequence[tuple[torch.Tensor, torch.Tensor, Spans]], gr
 
 
 @functools.lru_cache(maxsize=32)  # the layers of a forward share few layouts
-def _index(spans: tuple, groups: tuple, device: torch.device) -> tuple[torch.Tensor, ...]:
+def _index(spans: tuple[tuple[int, int], ...], groups: tuple[tuple[int, ...], ...], device: torch.device
+           ) -> tuple[torch.Tensor, ...]:
     """starts, stops, cu_prompts on ``device``, without waiting for it."""
     own = [spans[i] for group in groups for i in group]
     borders = list(accumulate(map(len, groups), initial=0))

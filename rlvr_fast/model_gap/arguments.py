@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from rlvr_fast.model_gap import attach
 from rlvr_fast.model_gap.collect import GramCollector, SketchCollector, sketch_columns
 from rlvr_fast.model_gap.exact import ExactCollector
 from rlvr_fast.model_gap.parallel import Ranks, refusals_told
-from rlvr_fast.model_gap.tensor_parallel import TensorParallel
+from rlvr_fast.model_gap.tensor_parallel import TensorParallel, is_dtensor
 from rlvr_fast.model_gap.tensor_parallel_group import layer_group
 from rlvr_fast.rollouts import Rollouts
 from rlvr_fast.vocabulary_parallel import VocabularyShard
@@ -30,7 +32,7 @@ class Arguments:
         model: itself, out of its DistributedDataParallel; ``in_ddp`` if it was in one.
         parameters: the trainable ones, by name.
         layers: the ranks that share its layers, if any do; ``spread`` what is here of them.
-        shapes: of the whole parameters.
+        shapes: of the whole parameters. directions: ``direction`` by name, empty without one.
     """
 
     model: nn.Module
@@ -41,7 +43,7 @@ class Arguments:
     lm_head: nn.Module | None
     sketch_size: int
     seed: int
-    direction: dict | None
+    direction: Mapping[Any, torch.Tensor] | None
     group: dist.ProcessGroup | None
     vocabulary: VocabularyShard | None
 
@@ -59,10 +61,10 @@ class Arguments:
             with refusals_told(self.layers):
                 self._check_alone()
             if self.spread is not None:
-                self.spread.agree(self.rollouts, f"{self._options}, directions #{checksum(tuple(self.direction))}")
+                self.spread.agree(self.rollouts, f"{self._options}, directions #{checksum(tuple(self.directions))}")
         if self.group is None:
             return None
-        return Ranks(self.group, self.rollouts, self.parameters, columns=self.columns, directed=self.direction,
+        return Ranks(self.group, self.rollouts, self.parameters, columns=self.columns, directed=tuple(self.directions),
                      options=self._options)
 
     def _check_alone(self) -> None:
@@ -87,7 +89,7 @@ class Arguments:
         self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
         if self.spread is not None:
             self.shapes = self.spread.shapes
-        self.direction = attach.check_direction(self.direction, self.parameters, self.shapes)
+        self.directions = attach.check_direction(self.direction, self.parameters, self.shapes)
         if self.method == "exact" and (self.in_ddp or attach.gathered(self.model)):
             raise ValueError("method 'exact' runs a backward per response, each of which DistributedDataParallel or "
                              "fully_shard would take for the step's: pass another method, or a model without them")
@@ -97,7 +99,7 @@ class Arguments:
             return None
         head = []
         if self.vocabulary is not None:
-            if not isinstance(self.lm_head, nn.Linear) or attach.is_dtensor(self.lm_head.weight):
+            if not isinstance(self.lm_head, nn.Linear) or is_dtensor(self.lm_head.weight):
                 raise ValueError("vocabulary says which rows of the lm_head are here, a Linear of plain tensors; got "
                                  f"{'no lm_head' if self.lm_head is None else 'one with a DTensor or of another kind'}")
             self.vocabulary.check_rows(self.lm_head.weight)
@@ -110,7 +112,7 @@ class Arguments:
         """Floats in the sketch of each parameter; None for other methods."""
         if self.method != "sketch":
             return None
-        return {name: sketch_columns(torch.Size(shape), self.sketch_size) for name, shape in self.shapes.items()}
+        return {name: sketch_columns(shape, self.sketch_size) for name, shape in self.shapes.items()}
 
     @property
     def _options(self) -> str:
@@ -119,10 +121,10 @@ class Arguments:
     def new_collector(self) -> GramCollector | SketchCollector | ExactCollector:
         """Where the contributions of a step go."""
         if self.method == "exact":
-            return ExactCollector(self.rollouts, self.direction, self.spread)
+            return ExactCollector(self.rollouts, self.directions, self.spread)
         parts = None if self.spread is None else self.spread.parts
         if self.method == "sketch":
             return SketchCollector(self.rollouts, self.shapes, k=self.sketch_size, seed=self.seed,
-                                   direction=self.direction, parts=parts)
-        return GramCollector(self.rollouts, self.shapes, ghost=self.method == "ghost", direction=self.direction,
+                                   direction=self.directions, parts=parts)
+        return GramCollector(self.rollouts, self.shapes, ghost=self.method == "ghost", direction=self.directions,
                              parts=parts)

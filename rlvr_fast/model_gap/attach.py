@@ -6,13 +6,15 @@ Nothing of the model changes but the ``forward`` of instances: no hook on a modu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rlvr_fast import _validate as check
+from rlvr_fast.model_gap.recording import Recording
 from rlvr_fast.model_gap.segmented import accumulation_dtype
 from rlvr_fast.model_gap.tap import EmbeddingSite, LinearSite, ScaleSite, Site, scale_slope
 from rlvr_fast.model_gap.tensor_parallel import TensorParallel, is_dtensor
@@ -23,18 +25,21 @@ from rlvr_fast.model_gap.transformers_sites import (
     is_transposed_linear,
 )
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 _ABSENT = object()
 
 
 class Replacement:
     """A bound stand-in for one module's forward that can be told from anyone else's."""
 
-    def __init__(self, module: nn.Module, forward: Callable) -> None:
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self.module, self.stand_in, self.previous = module, forward, module.__dict__.get("forward", _ABSENT)
         self.__wrapped__ = module.forward  # what inspect.signature looks at
         module.__dict__["forward"] = self
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.stand_in(*args, **kwargs)
 
     def undo(self) -> None:
@@ -92,7 +97,7 @@ def reshard(model: nn.Module) -> None:
     """Let modules under ``fully_shard`` have their sharded parameters, which a forward may have left gathered."""
     for module in model.modules():
         if _is_a(module, "FSDPModule"):
-            module.reshard()
+            module.reshard()  # type: ignore[operator]  # an FSDPModule, known by its name
 
 
 def gathered(model: nn.Module) -> tuple[str, ...]:
@@ -105,7 +110,7 @@ def _is_a(module: nn.Module, *names: str) -> bool:
     return any(kind.__name__ in names for kind in type(module).__mro__)
 
 
-def find_sites(recording, model: nn.Module, names: dict[int, str], lm_head: nn.Module | None,
+def find_sites(recording: Recording, model: nn.Module, names: dict[int, str], lm_head: nn.Module | None,
                spread: TensorParallel | None = None) -> tuple[list[Site], dict[str, str]]:
     """The sites of all recognised modules, and why each remaining trainable parameter is not covered.
 
@@ -113,8 +118,9 @@ def find_sites(recording, model: nn.Module, names: dict[int, str], lm_head: nn.M
 
     ``names`` maps id(parameter) to its name, for the trainable ones.
     """
-    sites, reasons = [], {}
-    affine: dict[tuple, bool] = {}
+    sites: list[Site] = []
+    reasons: dict[str, str] = {}
+    affine: dict[tuple[Any, ...], bool] = {}
     for path, module in model.named_modules():
         own = {key: names[id(p)] for key, p in module._parameters.items() if p is not None and id(p) in names}
         if not own and module is not lm_head:
@@ -127,7 +133,7 @@ def find_sites(recording, model: nn.Module, names: dict[int, str], lm_head: nn.M
     return sites, reasons
 
 
-def _recognise(module: nn.Module, affine: dict[tuple, bool]) -> tuple[type[Site] | None, str]:
+def _recognise(module: nn.Module, affine: dict[tuple[Any, ...], bool]) -> tuple[type[Site] | None, str]:
     own = module.__dict__.get("forward")
     if own is not None and getattr(own, "__func__", None) is not type(module).forward:
         return None, "its forward was replaced by someone else"
@@ -152,7 +158,7 @@ def _recognise(module: nn.Module, affine: dict[tuple, bool]) -> tuple[type[Site]
     return None, "not a linear layer, an embedding or an elementwise scale"
 
 
-def _is_scale(module: nn.Module, known: dict[tuple, bool]) -> bool:
+def _is_scale(module: nn.Module, known: dict[tuple[Any, ...], bool]) -> bool:
     """Whether the output is affine in a [d] weight (and bias), element by element; tried out on a random input."""
     own = module._parameters
     weight = own.get("weight")
@@ -165,19 +171,22 @@ def _is_scale(module: nn.Module, known: dict[tuple, bool]) -> bool:
 
 
 def _behaves_as_scale(module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    generator, like = torch.Generator().manual_seed(0), {"dtype": weight.dtype, "device": weight.device}
-    draw = lambda *shape: torch.randn(*shape, generator=generator).to(**like)  # noqa: E731
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(weight.device, weight.dtype)
+
     x, trial = draw(2, 3, len(weight)), {"weight": draw(len(weight))}
     if bias is not None:
         trial["bias"] = draw(len(weight))
-    before = dict(module._parameters)
+    parameters: dict[str, Any] = module._parameters  # plain tensors will do
+    before = dict(parameters)
     try:
         with torch.no_grad():
-            module._parameters["weight"] = torch.zeros(weight.shape, **like)  # whole, where the weight is a shard
-            if bias is not None:
-                module._parameters["bias"] = torch.zeros(bias.shape, **like)
+            for name in trial:  # whole, where the weight is a shard
+                parameters[name] = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
             still, slope = module.forward(x), scale_slope(module, module.forward, x)
-            module._parameters.update(trial)
+            parameters.update(trial)
             output = module.forward(x)
             expected = still + slope * trial["weight"] + (trial["bias"] if bias is not None else 0.0)
             rounding = 4 * torch.finfo(output.dtype).eps * (1 + expected.abs().max())
@@ -185,10 +194,10 @@ def _behaves_as_scale(module: nn.Module, weight: torch.Tensor, bias: torch.Tenso
     except Exception:  # an unknown module may raise anything on an input it was not made for
         return False
     finally:
-        module._parameters.update(before)
+        parameters.update(before)
 
 
-def replicated(gradient: torch.Tensor) -> torch.Tensor:
+def replicated(gradient: DTensor) -> DTensor:
     """The same DTensor with its partial sums added up."""
     if not any(placement.is_partial() for placement in gradient.placements):
         return gradient
@@ -223,7 +232,7 @@ def find_lm_head(model: nn.Module, given: nn.Module | None) -> nn.Module | None:
             raise ValueError(f"lm_head must be a module of the model, got {type(given).__name__}")
         return given
     ask = getattr(model, "get_output_embeddings", None)
-    found = ask() if callable(ask) else None
+    found: Any = ask() if callable(ask) else None
     if found is None:
         found = next((module for path, module in model.named_modules()
                       if path.split(".")[-1] == "lm_head" and isinstance(module, nn.Linear)), None)
@@ -233,7 +242,7 @@ def find_lm_head(model: nn.Module, given: nn.Module | None) -> nn.Module | None:
     return found if isinstance(found, nn.Linear) else None
 
 
-def check_direction(direction: dict | None, parameters: dict[str, nn.Parameter],
+def check_direction(direction: Mapping[Any, torch.Tensor] | None, parameters: dict[str, nn.Parameter],
                     shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """Directions by parameter name; ``shapes`` are those of whole parameters."""
     if direction is None:

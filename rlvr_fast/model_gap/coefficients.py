@@ -49,7 +49,9 @@ def observe(micro_batch: MicroBatch, leading: torch.Size, spans: Spans, hidden: 
     return HeadRows(micro_batch, spans, readings, TOLERANCE[gradient.dtype])
 
 
-def token_coefficients(hidden, gradient, weight, bias, targets, columns, temperature):
+def token_coefficients(hidden: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+                       targets: torch.Tensor, columns: torch.Tensor, temperature: float
+                       ) -> tuple[torch.Tensor, torch.Tensor]:
     """c_t and how far g_t is from c_t (e_y − p_t) / T, relative: [M] each, 0 where g_t = 0."""
     dtype = torch.promote_types(torch.float32, gradient.dtype)
     y = targets.clamp(min=0)
@@ -95,7 +97,8 @@ def response_coefficients(rollouts: Rollouts, observed: list[HeadRows]) -> torch
     return result
 
 
-def _constants(rollouts, rows: HeadRows, targets, coefficients, residuals) -> torch.Tensor:
+def _constants(rollouts: Rollouts, rows: HeadRows, targets: torch.Tensor, coefficients: torch.Tensor,
+               residuals: torch.Tensor) -> torch.Tensor:
     constants = torch.ones(len(rows.spans), dtype=torch.float64)
     tokens = rollouts.tokens.cpu()
     for place, (response, (start, stop)) in enumerate(zip(rows.micro_batch.responses, rows.spans, strict=True)):

@@ -8,8 +8,9 @@ inner products are taken only when all uses have reported; a tied embedding is t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 
@@ -17,6 +18,7 @@ from rlvr_fast.model_gap.ghost import ghost_gram
 from rlvr_fast.model_gap.micro_batch import MicroBatch, Spans
 from rlvr_fast.model_gap.segmented import accumulation_dtype, device_products, segmented_gram
 from rlvr_fast.model_gap.sketch import Fold, span_products
+from rlvr_fast.model_gap.tensor_parallel import Part
 from rlvr_fast.rollouts import Rollouts
 
 
@@ -45,9 +47,10 @@ def ghost_is_cheaper(n_tokens: int, n_responses: int, d_out: int, d_in: int) -> 
 class _Held:
     """Uses of one parameter in one forward that have reported so far."""
 
-    outer: list = field(default_factory=list)
-    rows: list = field(default_factory=list)
-    vocabulary: list = field(default_factory=list)  # per prompt: the ids looked up, H_i restricted to their rows
+    outer: list[tuple[torch.Tensor, torch.Tensor, Spans]] = field(default_factory=list)
+    rows: list[tuple[torch.Tensor, torch.Tensor, Spans]] = field(default_factory=list)
+    vectors: list[torch.Tensor] = field(default_factory=list)
+    vocabulary: list[torch.Tensor] = field(default_factory=list)  # per prompt: H_i restricted to the rows looked up
 
 
 def vector_products(rollouts: Rollouts, vectors: torch.Tensor, direction: torch.Tensor | None
@@ -73,8 +76,8 @@ class GramCollector:
         vectors: per parameter [R, d], gradients that are partial sums yet.
     """
 
-    def __init__(self, rollouts: Rollouts, shapes: dict[str, torch.Size], *, ghost: bool,
-                 direction: dict[str, torch.Tensor], parts: dict | None = None) -> None:
+    def __init__(self, rollouts: Rollouts, shapes: Mapping[str, tuple[int, ...]], *, ghost: bool,
+                 direction: dict[str, torch.Tensor], parts: dict[str, Part] | None = None) -> None:
         self.ghost, self.shapes, self.direction, self.parts = ghost, shapes, direction, {} if parts is None else parts
         self.vectors: dict[str, torch.Tensor] = {}
         self.n_responses = rollouts.n_responses
@@ -102,7 +105,7 @@ class GramCollector:
     def vector(self, name: str, micro_batch: MicroBatch, values: torch.Tensor, spans: Spans) -> None:
         """Take what each row adds to the gradient, [M, d]."""
         held = self._held[micro_batch, name]
-        held.outer.append(span_sums(values, spans))
+        held.vectors.append(span_sums(values, spans))
         if _complete(micro_batch, name, "vector"):
             self._reduce_vector(name, micro_batch, held)
 
@@ -116,7 +119,7 @@ class GramCollector:
         """Reduce what still waits for uses that took no part in the backward."""
         for key in [key for key in self._held if key[0] is micro_batch]:
             held, name = self._held[key], key[1]
-            if len(self.shapes[name]) == 1 and held.outer:
+            if held.vectors:
                 self._reduce_vector(name, micro_batch, held)
                 continue
             if held.outer:
@@ -125,7 +128,8 @@ class GramCollector:
                 self._reduce_rows(name, micro_batch, held)
             self._held.pop(key, None)
 
-    def _reduce_outer(self, name, micro_batch, held, want_gradient) -> torch.Tensor | None:
+    def _reduce_outer(self, name: str, micro_batch: MicroBatch, held: _Held, want_gradient: bool
+                      ) -> torch.Tensor | None:
         pieces = [[(b[s:e], a[s:e]) for b, a, spans in held.outer for s, e in (spans[i],)]
                   for i in range(len(micro_batch.responses))]
         groups = [[pieces[i] for i in places] for _, places in micro_batch.groups]
@@ -149,16 +153,16 @@ class GramCollector:
         self._add(name, micro_batch, grams, dots)
         if name in micro_batch.embedding_ids:  # tied: keep the head's gradient on the rows that the embedding owns
             for responses, ids in zip(groups, self._looked_up(name, micro_batch), strict=True):
-                head = [sum(b[:, ids].T.to(accumulation_dtype(b.dtype)) @ a.to(accumulation_dtype(a.dtype))
-                            for b, a in own) for own in responses]
+                head = [_added(b[:, ids].T.to(accumulation_dtype(b.dtype)) @ a.to(accumulation_dtype(a.dtype))
+                               for b, a in own) for own in responses]
                 held.vocabulary.append(torch.stack(head))
         held.outer = []
         if name not in micro_batch.embedding_ids:
             self._held.pop((micro_batch, name))
         return gradient
 
-    def _reduce_rows(self, name, micro_batch, held) -> None:
-        grams, dots, direction = [], [], self._along(name)
+    def _reduce_rows(self, name: str, micro_batch: MicroBatch, held: _Held) -> None:
+        grams, dots, direction = list[torch.Tensor](), list[torch.Tensor](), self._along(name)
         for (_, places), ids in zip(micro_batch.groups, self._looked_up(name, micro_batch), strict=True):
             width = held.rows[0][1].shape[1]
             dtype = accumulation_dtype(held.rows[0][1].dtype)
@@ -178,8 +182,8 @@ class GramCollector:
         self._add(name, micro_batch, grams, dots)
         self._held.pop((micro_batch, name))
 
-    def _reduce_vector(self, name, micro_batch, held) -> None:
-        values = sum(held.outer)
+    def _reduce_vector(self, name: str, micro_batch: MicroBatch, held: _Held) -> None:
+        values = _added(held.vectors)
         grams, dots, direction = [], [], self._along(name)
         for places in micro_batch.index(values.device)[2]:
             own = values[places].double()
@@ -200,7 +204,8 @@ class GramCollector:
         return [torch.unique(torch.cat([ids[slice(*spans[i])] for ids, spans in uses for i in places]))
                 for _, places in micro_batch.groups]
 
-    def _add(self, name, micro_batch: MicroBatch, grams: Sequence[torch.Tensor], dots: Sequence[torch.Tensor]) -> None:
+    def _add(self, name: str, micro_batch: MicroBatch, grams: Sequence[torch.Tensor], dots: Sequence[torch.Tensor]
+             ) -> None:
         device = grams[0].device
         if name not in self.grams:
             self.grams[name] = torch.zeros(self.n_responses, self.width, dtype=torch.float64, device=device)
@@ -212,7 +217,7 @@ class GramCollector:
                 self.dots[name][rows] += dots[which]
 
 
-def sketch_columns(shape: torch.Size, k: int) -> int:
+def sketch_columns(shape: tuple[int, ...], k: int) -> int:
     """Floats in the sketch of a parameter: matrices are folded on two sides, vectors on one, others are not tracked."""
     if len(shape) not in (1, 2):
         return 0
@@ -225,10 +230,10 @@ class SketchCollector:
     ``shapes`` are those of whole parameters; ``parts`` says what is here of those that are spread over ranks.
     """
 
-    def __init__(self, rollouts: Rollouts, shapes: dict[str, torch.Size], *, k: int, seed: int,
-                 direction: dict[str, torch.Tensor], parts: dict | None = None) -> None:
-        self.n_responses, self.shapes, self.k, self.seed, self.direction = (rollouts.n_responses, shapes, k, seed,
-                                                                            direction)
+    def __init__(self, rollouts: Rollouts, shapes: Mapping[str, tuple[int, ...]], *, k: int, seed: int,
+                 direction: dict[str, torch.Tensor], parts: dict[str, Part] | None = None) -> None:
+        self.n_responses, self.shapes, self.direction = rollouts.n_responses, shapes, direction
+        self.k, self.seed = k, seed
         self.parts = {} if parts is None else parts
         self.sketches: dict[str, torch.Tensor] = {}
         self._folds: dict[tuple[str, str], Fold] = {}
@@ -246,18 +251,19 @@ class SketchCollector:
         d, k = (shape[0], self.k**2) if len(shape) == 1 else (shape[side == "in"], self.k)
         return Fold(d, k, seed=self.seed, name=name, side=side, device=device)
 
-    def outer(self, name, micro_batch, b, a, spans, want_gradient=False) -> None:
+    def outer(self, name: str, micro_batch: MicroBatch, b: torch.Tensor, a: torch.Tensor, spans: Spans,
+              want_gradient: bool = False) -> None:
         self._outer(name, micro_batch, self.fold(name, "out", b.device)(b), a, spans)
 
-    def rows(self, name, micro_batch, ids, b, spans) -> None:
+    def rows(self, name: str, micro_batch: MicroBatch, ids: torch.Tensor, b: torch.Tensor, spans: Spans) -> None:
         self._outer(name, micro_batch, self.fold(name, "out", b.device).rows(ids, b.dtype), b, spans)
 
-    def vector(self, name, micro_batch, values, spans) -> None:
+    def vector(self, name: str, micro_batch: MicroBatch, values: torch.Tensor, spans: Spans) -> None:
         self._add(name, micro_batch, self.fold(name, "out", values.device)(span_sums(values, spans)))
 
     partial = vector  # sketches add up over ranks as they do over rows
 
-    def flush(self, micro_batch) -> None:
+    def flush(self, micro_batch: MicroBatch) -> None:
         """Nothing waits: sketches are linear in the uses of a parameter."""
 
     def dots(self, sketches: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -273,14 +279,19 @@ class SketchCollector:
             result[name] = sketch.double() @ folded.reshape(-1)
         return result
 
-    def _outer(self, name, micro_batch, b, a, spans) -> None:
+    def _outer(self, name: str, micro_batch: MicroBatch, b: torch.Tensor, a: torch.Tensor, spans: Spans) -> None:
         a = self.fold(name, "in", a.device)(a)
         self._add(name, micro_batch, span_products(b, a, spans))
 
-    def _add(self, name, micro_batch, values) -> None:
+    def _add(self, name: str, micro_batch: MicroBatch, values: torch.Tensor) -> None:
         if name not in self.sketches:
             self.sketches[name] = values.new_zeros(self.n_responses, values.shape[1])
         self.sketches[name].index_add_(0, micro_batch.index(values.device)[0], values)
+
+
+def _added(terms: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Their sum; there is at least one."""
+    return reduce(torch.add, terms)
 
 
 def _complete(micro_batch: MicroBatch, name: str, kind: str) -> bool:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from rlvr_fast.model_gap.coefficients import NotConstant, response_coefficients
+from rlvr_fast.model_gap.coefficients import HeadRows, NotConstant, response_coefficients
+from rlvr_fast.model_gap.collect import SketchCollector
+from rlvr_fast.model_gap.micro_batch import MicroBatch
 from rlvr_fast.model_gap.recording import Recording
 from rlvr_fast.model_gap.tensor_parallel_join import Join, Terms
 from rlvr_fast.rollouts import Rollouts
@@ -76,7 +78,7 @@ class Collected:
             own = _terms(recording, parameters, reasons, norm_sq, {})
         else:
             try:
-                own = _terms(recording, parameters, reasons, norm_sq, gradients)
+                own = _terms(recording, parameters, reasons, norm_sq, gradients or {})
                 join.check()
             except Exception as error:
                 join.refuse(error)
@@ -88,7 +90,7 @@ class Collected:
         if training := [batch for batch in recording.forwards if not batch.probed]:
             read = _coefficients(recording, training, observed)
             coefficients = torch.where(read.isnan(), coefficients, read)
-        dots = collector.dots(own.tables) if recording.method == "sketch" else own.dots
+        dots = collector.dots(own.tables) if isinstance(collector, SketchCollector) else own.dots
         return cls(rollouts, recording.source, coefficients, own.tables,
                    {name: value for name, value in dots.items() if name in own.tables}, own.reasons, own.norm_sq)
 
@@ -105,22 +107,27 @@ def _terms(recording: Recording, parameters: list[str], reasons: dict[str, str],
            gradients: dict[str, torch.Tensor]) -> Terms:
     """What this rank has."""
     recording.check_complete()
-    collector, sketch = recording.collector, recording.method == "sketch"
+    collector = recording.collector
     reasons = {**recording.skipped, **reasons}
     for name in recording.witness.strangers():
         reasons.setdefault(name, "a part of its gradient came from outside its module, or its gradient was changed by "
                                  "a hook")
-    tables, vectors = (collector.sketches, {}) if sketch else (collector.grams, collector.vectors)
+    vectors: dict[str, torch.Tensor] = {}
+    dots: dict[str, torch.Tensor] = {}
+    if isinstance(collector, SketchCollector):
+        tables = collector.sketches
+    else:
+        tables, vectors, dots = collector.grams, collector.vectors, collector.dots
     for name in parameters:
         if name not in tables and name not in vectors:
             reasons.setdefault(name, "no gradient came to it")
     tables = {name: table for name, table in tables.items() if name not in reasons}
     if not tables and not vectors.keys() - reasons.keys():
         raise RuntimeError(f"no parameter is covered: {reasons}")
-    return Terms(tables, {} if sketch else collector.dots, reasons, norm_sq, vectors, gradients)
+    return Terms(tables, dots, reasons, norm_sq, vectors, gradients)
 
 
-def _coefficients(recording: Recording, training: list, observed: list) -> torch.Tensor:
+def _coefficients(recording: Recording, training: list[MicroBatch], observed: list[HeadRows]) -> torch.Tensor:
     if {id(batch) for batch in training} - {id(rows.micro_batch) for rows in observed}:
         raise RuntimeError("the training backward was to be measured, but no gradient came through the lm_head module "
                            f"({'none was found' if recording.lm_head is None else 'a fused loss?'}): {ADVICE}")

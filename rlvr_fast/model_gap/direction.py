@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -61,7 +62,8 @@ def propose(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]
         if id(parameter) not in known:
             raise ValueError(f"parameters[{i}] must be one that the optimizer moves, got {check.describe(parameter)}")
 
-    gradients, moved, chosen = {p: p.grad for p in movable}, {}, {id(p) for p in wanted}
+    gradients, chosen = {p: p.grad for p in movable}, {id(p) for p in wanted}
+    moved: Direction = {}
     parts = _independent_parts(optimizer, movable)
     try:
         for part in parts:
@@ -93,7 +95,8 @@ def _independent_parts(optimizer: torch.optim.Optimizer, movable: list[torch.Ten
     plain &= all(type(x) in (torch.Tensor, torch.nn.Parameter) and x.layout == torch.strided for x in tensors)
     if not plain or len({x.untyped_storage().data_ptr() for x in tensors}) < len(tensors):
         return [movable]
-    parts, size = [[]], 0
+    parts: list[list[torch.Tensor]] = [[]]
+    size = 0
     for p in movable:
         if parts[-1] and size + p.numel() > PART_ELEMENTS:
             parts.append([])
@@ -132,7 +135,7 @@ class _Snapshot:
     def __init__(self, leave: set[int]) -> None:
         self._seen = set(leave)
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._containers: list[tuple[dict | list, dict | list]] = []
+        self._containers: list[tuple[dict[Any, Any] | list[Any], dict[Any, Any] | list[Any]]] = []
 
     def keep(self, value: object) -> None:
         if id(value) in self._seen:
@@ -208,7 +211,7 @@ class StepRecorder:
         self.start()
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.finish()
         self._before = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -83,7 +83,8 @@ class ExactCollector:
     def flush(self, micro_batch: MicroBatch) -> None:
         """Nothing waits but prompts with responses still to come."""
 
-    def _reduce(self, members, gradients, parameters) -> None:
+    def _reduce(self, members: Sequence[int], gradients: list[dict[str, torch.Tensor]], parameters: Iterable[str]
+                ) -> None:
         width = max(len(prompt) for prompt in self.rollouts.members)
         for name in parameters:
             own = [gradient.get(name) for gradient in gradients]

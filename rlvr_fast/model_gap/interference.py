@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -30,7 +31,7 @@ class Interference:
 
     products: torch.Tensor
     significant: torch.Tensor
-    prompt_ids: tuple
+    prompt_ids: tuple[Hashable, ...]
 
     @cached_property
     def cosine(self) -> torch.Tensor:
@@ -44,7 +45,8 @@ class Interference:
     @cached_property
     def _pairs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """First prompt, second prompt and cosine of the pairs that have one, the most opposed first."""
-        first, second = torch.triu_indices(*self.products.shape, offset=1, device=self.products.device)
+        n = len(self.products)
+        first, second = torch.triu_indices(n, n, offset=1, device=self.products.device)
         cosines, order = self.cosine[first, second].sort()  # NaN comes last
         order = order[:int(cosines.isfinite().sum())]
         return first[order], second[order], cosines[:len(order)]

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 
@@ -44,15 +45,15 @@ class MicroBatch:
     next_tokens: torch.Tensor | None = None
     probed: bool = False
     captured: bool = False
-    calls: Counter = field(default_factory=Counter)
-    arrived: Counter = field(default_factory=Counter)
-    embedding_ids: dict[str, list] = field(default_factory=dict)
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    arrived: Counter[tuple[str, str]] = field(default_factory=Counter)
+    embedding_ids: dict[str, list[tuple[torch.Tensor, Spans]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         place = {response: i for i, response in enumerate(self.responses)}
         self.groups = [(prompt, tuple(place[i] for i in members if i in place))
                        for prompt, members in enumerate(self.rollouts.members) if not place.keys().isdisjoint(members)]
-        self._index: dict[torch.device, tuple] = {}
+        self._index: dict[torch.device, tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]] = {}
 
     @property
     def n_tokens(self) -> int:
@@ -104,7 +105,27 @@ class MicroBatch:
         return None
 
 
-def from_forward(rollouts: Rollouts, consumed: int, args: tuple, kwargs: dict) -> MicroBatch:
+def spread_spans(spans: Spans, shape: Sequence[int], dim: int, start: int, size: int) -> Spans | None:
+    """Rows of each response among those that are here, when [start, start + size) of dimension ``dim`` is.
+
+    ``spans`` are rows of a tensor whose leading dimensions are ``shape``, flattened. None if a response's rows here
+    are no range.
+    """
+    outer, inner = 1, 1
+    for n in shape[:dim]:
+        outer *= n
+    for n in shape[dim + 1:]:
+        inner *= n
+    block = shape[dim] * inner
+    if all(first % block == 0 and last % block == 0 for first, last in spans):
+        return [(first // block * size * inner, last // block * size * inner) for first, last in spans]
+    if outer > 1:
+        return None
+    low, high = start * inner, (start + size) * inner
+    return [(min(max(first, low), high) - low, min(max(last, low), high) - low) for first, last in spans]
+
+
+def from_forward(rollouts: Rollouts, consumed: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MicroBatch:
     """The micro-batch of a call ``model(*args, **kwargs)`` whose responses follow the first ``consumed`` ones.
 
     Raises:
@@ -119,6 +140,7 @@ def from_forward(rollouts: Rollouts, consumed: int, args: tuple, kwargs: dict) -
     ids = None if first.is_floating_point() else first
     batch, width = first.shape[:2]
     cu_seqlens = kwargs.get("cu_seqlens", kwargs.get("cu_seq_lens_q"))
+    bounds: tuple[int, ...] | None
     if cu_seqlens is not None:
         bounds = tuple(check.tensor("cu_seqlens", cu_seqlens, ndim=1, dtypes=check.INTEGER_DTYPES).tolist())
     else:
@@ -139,7 +161,7 @@ def make(rollouts: Rollouts, responses: Sequence[int], ids: torch.Tensor | None,
     """A checked micro-batch of the given responses; ``bounds`` if they are packed, else [B, T] = ``shape``."""
     batch, width = shape
     packed = bounds is not None
-    if packed:
+    if bounds is not None:
         if batch != 1 or not bounds or bounds[0] != 0 or bounds[-1] != width or any(b < a for a, b in pairwise(bounds)):
             raise ValueError(f"cu_seqlens must never decrease and run from 0 to {width}, the width of a packed batch "
                              f"[1, {width}]; got {check.describe(bounds)} for [{batch}, {width}]")
@@ -168,7 +190,7 @@ def packed_bounds(position_ids: torch.Tensor | None, attention_mask: torch.Tenso
     """
     if batch != 1 or not isinstance(position_ids, torch.Tensor) or position_ids.numel() != width:
         return None
-    places = range(width)
+    places: Sequence[int] = range(width)
     if isinstance(attention_mask, torch.Tensor) and tuple(attention_mask.shape) == (1, width):
         places = attention_mask[0].nonzero().squeeze(1).tolist()
     positions = position_ids.reshape(-1).tolist()

@@ -10,7 +10,7 @@ import torch
 try:
     from rlvr_fast import _native
 except ImportError:
-    _native = None
+    _native = None  # type: ignore[assignment]  # a module or None
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

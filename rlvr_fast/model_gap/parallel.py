@@ -7,7 +7,7 @@ where every prompt is whole on one rank, sketches, which are squared after the j
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
 
@@ -24,6 +24,7 @@ from rlvr_fast.rollouts import Rollouts
 WORDS_BYTES = 4096  # what a rank tells the others in words: why it refuses, or why parameters are not covered
 ALIGNMENT = 8  # bytes; every section of the buffer can be viewed in its dtype
 ABSENT = -1.0  # a squared norm of no gradient
+Sections = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of a buffer
 
 
 @contextmanager
@@ -74,24 +75,24 @@ class Ranks:
         told = tell(f"{own[0]} {own[1]} {own[2]} {int(_numbered(rollouts))} {options}, {len(self.names)} parameters "
                      f"#{model}, directions #{checksum(self.directed)}", group)
         raise_refusals(told)
-        told = [words.split(" ", 4) for words in told]
-        if len({words[4] for words in told}) > 1:
+        told_apart = [words.split(" ", 4) for words in told]
+        if len({words[4] for words in told_apart}) > 1:
             raise ValueError("every rank of the group must measure the same model in the same way, got "
-                             + " | ".join(f"rank {rank}: {words[4]}" for rank, words in enumerate(told)))
-        numbered = [str(rank) for rank, words in enumerate(told) if words[3] == "1"]
+                             + " | ".join(f"rank {rank}: {words[4]}" for rank, words in enumerate(told_apart)))
+        numbered = [str(rank) for rank, words in enumerate(told_apart) if words[3] == "1"]
         if len(numbered) > 1:
             raise ValueError("prompts of different ranks must have different prompt_ids, got prompts counted from 0 "
                              f"on each of the ranks {', '.join(numbered)}, as group_size does: give "
                              "prompt_ids=[rank * prompts_per_rank + i // group_size, ...] instead (or, if prompts are "
                              "split over the ranks, ids that are no such count)")
-        self._sections = [self._layout(*map(int, words[:3])) for words in told]
+        self._sections = [self._layout(*map(int, words[:3])) for words in told_apart]
         largest = max(stops[-1] for stops in map(_stops, self._sections))
         self.buffer_bytes = -(-largest // ALIGNMENT) * ALIGNMENT
 
     def _widths(self, longest_group: int) -> list[int]:
         return [longest_group] * len(self.names) if self.columns is None else [self.columns[n] for n in self.names]
 
-    def _layout(self, n_responses: int, longest_group: int, description_bytes: int) -> dict[str, tuple]:
+    def _layout(self, n_responses: int, longest_group: int, description_bytes: int) -> Sections:
         """What a rank's buffer holds, wide dtypes first: name -> (dtype, shape)."""
         return {"coefficients": (torch.float64, (n_responses,)), "norm_sq": (torch.float64, (len(self.names),)),
                 "dots": (torch.float64, (len(self.directed), n_responses)),
@@ -123,12 +124,13 @@ class Ranks:
                          self._norms(received))
 
     def _pack(self, own: Collected) -> dict[str, torch.Tensor]:
-        n_responses, to = own.rollouts.n_responses, {"dtype": self.dtype, "device": self.device}
+        n_responses = own.rollouts.n_responses
         longest = max(map(len, own.rollouts.members))
         distinct = list(dict.fromkeys(own.reasons.values()))[:254]
         number = {reason: i + 1 for i, reason in enumerate(distinct)}
         codes = [number.get(own.reasons[name], 255) if name in own.reasons else 0 for name in self.names]
-        tables = [own.tables[name].to(**to) if name in own.tables else torch.zeros(n_responses, width, **to)
+        tables = [own.tables[name].to(self.device, self.dtype) if name in own.tables
+                  else torch.zeros(n_responses, width, dtype=self.dtype, device=self.device)
                   for name, width in zip(self.names, self._widths(longest), strict=True)]
         absent = torch.tensor(ABSENT, dtype=torch.float64, device=self.device)
         none = torch.zeros(n_responses, dtype=torch.float64, device=self.device)
@@ -154,9 +156,11 @@ class Ranks:
                              for (name, (dtype, shape)), (start, stop) in pieces})
         return received
 
-    def _responses(self, received) -> JoinedResponses:
+    def _responses(self, received: list[dict[str, torch.Tensor]]) -> JoinedResponses:
         """The responses of all ranks. These trust each other's pickles, as ``all_gather_object`` does."""
-        parts, lengths, first_on = [], [], {}
+        parts: list[Responses] = []
+        lengths: list[int] = []
+        first_on: dict[Hashable, int] = {}
         for rank, part in enumerate(received):
             ids, members, own_lengths = pickle.loads(bytes(part["description"].tolist()))
             for identity in ids:
@@ -170,13 +174,13 @@ class Ranks:
             parts.append(Responses(part["correct"].bool(), index.to(self.device), ids))
             lengths += own_lengths
         whole = Responses.merge(parts)
-        members = [[] for _ in whole.prompt_ids]
+        of_prompt: list[list[int]] = [[] for _ in whole.prompt_ids]
         for response, prompt in enumerate(whole.prompt_index.tolist()):
-            members[prompt].append(response)
+            of_prompt[prompt].append(response)
         return JoinedResponses(whole.correct, whole.prompt_index, whole.prompt_ids,
-                               torch.tensor(lengths, device=self.device), tuple(map(tuple, members)))
+                               torch.tensor(lengths, device=self.device), tuple(map(tuple, of_prompt)))
 
-    def _reasons(self, received, words: list[str]) -> dict[str, str]:
+    def _reasons(self, received: list[dict[str, torch.Tensor]], words: list[str]) -> dict[str, str]:
         """A parameter is covered where it is on every rank: the others' gradients would be measured in part."""
         reasons = {}
         codes = [part["reason"].tolist() for part in received]
@@ -190,7 +194,8 @@ class Ranks:
             raise RuntimeError(f"no parameter is covered on every rank: {reasons}")
         return reasons
 
-    def _tables(self, received, reasons: dict[str, str]) -> tuple[dict, dict]:
+    def _tables(self, received: list[dict[str, torch.Tensor]], reasons: dict[str, str]
+                ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         rows = []
         widest = max(part["table"].shape[1] // len(self.names) for part in received)
         for part in received:
@@ -204,7 +209,7 @@ class Ranks:
         return ({name: table for name, table in zip(self.names, tables, strict=True) if name not in reasons},
                 {name: row for name, row in zip(self.directed, dots, strict=True) if name not in reasons})
 
-    def _norms(self, received) -> dict[str, torch.Tensor]:
+    def _norms(self, received: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Means over the ranks: of equal values where gradients were averaged, see ``attach.gradient_norm_sq``."""
         stacked = torch.stack([part["norm_sq"] for part in received])
         mean, there = torch.where(stacked == ABSENT, 0.0, stacked).mean(0), (stacked != ABSENT).any(0).tolist()
@@ -225,7 +230,7 @@ def _bytes(text: bytes) -> torch.Tensor:
     return torch.tensor(list(text), dtype=torch.uint8)
 
 
-def _stops(sections: dict[str, tuple]) -> list[int]:
+def _stops(sections: Sections) -> list[int]:
     """0 and where each section ends, in bytes."""
     return [0, *accumulate(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in sections.values())]
 

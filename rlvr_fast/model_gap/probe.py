@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,10 +14,11 @@ from rlvr_fast import _validate as check
 from rlvr_fast.model_gap import attach, micro_batch, result
 from rlvr_fast.model_gap.arguments import Arguments
 from rlvr_fast.model_gap.collected import Collected
-from rlvr_fast.model_gap.exact import isolated_gradients
+from rlvr_fast.model_gap.exact import ExactCollector, isolated_gradients
 from rlvr_fast.model_gap.recording import Recording
 from rlvr_fast.model_gap.response_totals import response_totals
 from rlvr_fast.model_gap.result import Coverage, ModelGapResult
+from rlvr_fast.model_gap.tap import Site
 from rlvr_fast.model_gap.tensor_parallel_join import Join
 from rlvr_fast.model_gap.tensor_parallel_witness import ShardWitness
 from rlvr_fast.model_gap.witness import Witness
@@ -96,7 +98,7 @@ class ModelGap:
 
     def __init__(self, model: nn.Module, rollouts: Rollouts, method: str = "segmented", *, length_norm: bool = True,
                  temperature: float = 1.0, lm_head: nn.Module | None = None, sketch_size: int = 32, seed: int = 0,
-                 direction: dict | None = None, group: dist.ProcessGroup | None = None,
+                 direction: Mapping[Any, torch.Tensor] | None = None, group: dist.ProcessGroup | None = None,
                  vocabulary: VocabularyShard | None = None) -> None:
         given = Arguments(model, rollouts, method, length_norm, temperature, lm_head, sketch_size, seed, direction,
                           group, vocabulary)
@@ -123,7 +125,7 @@ class ModelGap:
                 raise RuntimeError(f"{name} is another parameter than when the ModelGap was made: make it last")
         given = self._given
         self._recording = Recording(self.rollouts, self.method, given.new_collector(), given.lm_head, self.temperature)
-        sites = []
+        sites: list[Site] = []
         if self.method != "exact":
             names = {id(p): name for name, p in self._parameters.items()}
             sites, self._reasons = attach.find_sites(self._recording, self.model, names, given.lm_head, self._spread)
@@ -138,7 +140,7 @@ class ModelGap:
         self._state = "open"
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for replaced in reversed(self._replaced):
             replaced.undo()
         self._recording.witness.close()
@@ -167,7 +169,8 @@ class ModelGap:
         self._check_open("micro_batch")
         bounds = shape = None
         if input_ids is not None:
-            shape = tuple(check.tensor("input_ids", input_ids, ndim=2, dtypes=check.INTEGER_DTYPES).shape)
+            height, width = check.tensor("input_ids", input_ids, ndim=2, dtypes=check.INTEGER_DTYPES).shape
+            shape = height, width
         if cu_seqlens is not None:
             bounds = tuple(check.tensor("cu_seqlens", cu_seqlens, ndim=1, dtypes=check.INTEGER_DTYPES).tolist())
             shape = shape or (1, bounds[-1] if bounds else 0)
@@ -201,15 +204,16 @@ class ModelGap:
         if batch.captured:
             raise RuntimeError("the latest forward was measured already: probe.backward comes once, before the loss's")
         totals = response_totals(self.rollouts, batch, logp, mask)
-        if self.method == "exact":
-            self._recording.collector.collect(batch, totals, self._parameters)
+        collector = self._recording.collector
+        if isinstance(collector, ExactCollector):
+            collector.collect(batch, totals, self._parameters)
             batch.probed = batch.captured = True
             return
         with self._recording.probe(batch):
-            norms = self._probe_norms(sum(totals))
+            norms = self._probe_norms(sum(totals[1:], totals[0]))
         for name, value in norms.items():
             self._probe_norm_sq[name] = self._probe_norm_sq.get(name, 0.0) + value
-        self._recording.collector.flush(batch)
+        collector.flush(batch)
 
     def _probe_norms(self, total: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the probe backward; squared norms of its gradients."""
@@ -248,13 +252,12 @@ class ModelGap:
     def _estimate(self) -> ModelGapResult:
         own = self._collected() if self._ranks is None else self._ranks.joined(self._collected)
         own.check_measured()
-        tables = {"grams": own.tables, "sketches": None}
-        if self.method == "sketch":
-            tables = {"grams": None, "sketches": own.tables}
+        sketched = self.method == "sketch"
         return result.build(
             own.rollouts, method=self.method, source=own.source, length_norm=self.length_norm,
-            coefficients=own.coefficients, coverage=Coverage(tuple(own.tables), own.reasons, own.norm_sq), **tables,
-            dots=own.dots, direction=bool(self._given.direction))
+            coefficients=own.coefficients, coverage=Coverage(tuple(own.tables), own.reasons, own.norm_sq),
+            grams=None if sketched else own.tables, sketches=own.tables if sketched else None, dots=own.dots,
+            direction=bool(self._given.directions))
 
     def _collected(self) -> Collected:
         if self._state != "closed":
@@ -264,7 +267,7 @@ class ModelGap:
         join = None
         if self._spread is not None:
             join = Join(self._spread, self.rollouts, self._parameters, self._given.columns,
-                        list(self._given.direction), self._recording.forwards)
+                        list(self._given.directions), self._recording.forwards)
         return Collected.of(self._recording, list(self._parameters), self._reasons, self._norm_sq,
                             gradients=self._partial_gradients, join=join)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +16,9 @@ from rlvr_fast.model_gap.exact import ExactCollector
 from rlvr_fast.model_gap.micro_batch import MicroBatch, Spans
 from rlvr_fast.model_gap.witness import Witness
 from rlvr_fast.rollouts import Rollouts
+
+if TYPE_CHECKING:
+    from rlvr_fast.model_gap.tap import Site
 
 
 class Recording:
@@ -32,7 +36,7 @@ class Recording:
                  lm_head: nn.Module | None, temperature: float) -> None:
         self.rollouts, self.method, self.collector = rollouts, method, collector
         self.lm_head, self.temperature = lm_head, temperature
-        self.witness: Witness | None = None
+        self.witness: Witness  # set before the first forward
         self.forwards: list[MicroBatch] = []
         self.seen: list[int] = []
         self.observed: list[HeadRows] = []
@@ -46,7 +50,7 @@ class Recording:
 
     # -- forwards -----------------------------------------------------------------------------------------------------
 
-    def run_model(self, forward: Callable, args: tuple, kwargs: dict):
+    def run_model(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the model: a micro-batch of its own, unless one is open or no backward will follow."""
         if self._active is not None or not torch.is_grad_enabled() or _in_backward():
             return forward(*args, **kwargs)
@@ -83,7 +87,7 @@ class Recording:
         finally:
             self._active = None
 
-    def locate(self, site, seen: torch.Tensor) -> tuple[MicroBatch, Spans, bool] | None:
+    def locate(self, site: Site, seen: object) -> tuple[MicroBatch, Spans, bool] | None:
         """For a call of ``site`` on ``seen``: its micro-batch, the rows of each response, whether it is recomputed."""
         if not isinstance(seen, torch.Tensor):
             return None
@@ -119,7 +123,7 @@ class Recording:
         finally:
             self._probing = None
 
-    def captures(self, site, batch: MicroBatch) -> bool:
+    def captures(self, site: Site, batch: MicroBatch) -> bool:
         """Whether the backward that reached ``site`` is one to measure."""
         if batch in self._stand_ins:
             self.problems.append("with reentrant activation checkpointing the backward has to follow each forward "
@@ -135,13 +139,14 @@ class Recording:
         batch.captured = True
         return True
 
-    def observe_head(self, site, batch: MicroBatch, spans: Spans, seen: torch.Tensor, gradient: torch.Tensor) -> None:
+    def observe_head(self, site: Site, batch: MicroBatch, spans: Spans, seen: torch.Tensor, gradient: torch.Tensor
+                     ) -> None:
         """Note the coefficients of a training backward, if ``site`` is the lm_head."""
         if site.module is not self.lm_head or batch.probed:
             return
         hidden, flat = seen.reshape(-1, seen.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-        self.observed.append(observe(batch, seen.shape[:-1], spans, hidden, flat, site.module.weight,
-                                     site.module.bias, self.temperature))
+        self.observed.append(observe(batch, seen.shape[:-1], spans, hidden, flat, site.weight, site.bias,
+                                     self.temperature))
 
     def flush(self) -> None:
         for batch in self.forwards:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from typing import ClassVar
 
 import torch
 
 from rlvr_fast import _validate as check
 from rlvr_fast.estimates import Estimated, GapEstimate, estimate_gap
 from rlvr_fast.gap import Gap
+from rlvr_fast.model_gap.collected import JoinedResponses
 from rlvr_fast.model_gap.interference import Interference
 from rlvr_fast.model_gap.step_alignment import StepAlignment, align, checked_weights
 from rlvr_fast.moments import Moments, ResponseGradients, Responses
@@ -81,13 +83,16 @@ class ModelGapResult(Estimated):
     alignment: torch.Tensor | None
     predicted_log_odds_gain: torch.Tensor | None
     predicted_log_odds_gain_stderr: torch.Tensor | None
-    prompt_ids: tuple
+    prompt_ids: tuple[Hashable, ...]
     _lengths: torch.Tensor
     _prompt_index: torch.Tensor
     _parameter_grams: Callable[[], dict[str, list[torch.Tensor]]]
 
-    moments = property(lambda self: self.measured.moments)
-    level = property(lambda self: "model")
+    level: ClassVar[str] = "model"
+
+    @property
+    def moments(self) -> Moments:
+        return self.measured.moments
 
     @cached_property
     def gram(self) -> tuple[torch.Tensor | None, ...]:
@@ -170,8 +175,8 @@ class ModelGapResult(Estimated):
             weights = weights * self._lengths
         *columns, error = align(self.moments, self.measured.gram, weights[~unmeasured].to(self.moments.sq.device),
                                 None if gradients is None else gradients.vectors)
-        columns = [_spread(column, self.measured_prompts) for column in columns]
-        return StepAlignment(scope, *columns, error, self.prompt_ids)
+        alignment, in_sample, stderr = (_spread(column, self.measured_prompts) for column in columns)
+        return StepAlignment(scope, alignment, in_sample, stderr, error, self.prompt_ids)
 
     def summary(self) -> dict[str, float]:
         """Flat metrics for any logger: those of ``Gap.summary``, the coverage, and the model's own. Synchronises.
@@ -184,35 +189,37 @@ class ModelGapResult(Estimated):
         result |= {f"rlvr/group/frac_{name}": float(mask.sum()) / n for name, mask in counts.items()}
         result["rlvr/group/p_mean"] = float(rate.mean())
         result["rlvr/gap/coverage"] = self.coverage.share
-        if self.alignment is not None:
-            result |= self._along_direction()
+        result |= self._along_direction()
         if self.measured.gradients is not None:
             result |= self.conflicts().summary()
         return result
 
     def _along_direction(self) -> dict[str, float]:
         """Means over the prompts with a gap, and the error of the predicted gain's over their responses."""
-        error = self.predicted_log_odds_gain_stderr[self.defined]
-        return {"rlvr/model/alignment": float(self.alignment[self.defined].mean()),
-                "rlvr/model/predicted_log_odds_gain": float(self.predicted_log_odds_gain[self.defined].mean()),
-                "rlvr/model/predicted_log_odds_gain_stderr": float(error.norm() / len(error))}  # 0/0 is NaN
+        alignment, gain, error = self.alignment, self.predicted_log_odds_gain, self.predicted_log_odds_gain_stderr
+        if alignment is None or gain is None or error is None:  # all three, without a direction
+            return {}
+        own = error[self.defined]
+        return {"rlvr/model/alignment": float(alignment[self.defined].mean()),
+                "rlvr/model/predicted_log_odds_gain": float(gain[self.defined].mean()),
+                "rlvr/model/predicted_log_odds_gain_stderr": float(own.norm() / len(own))}  # 0/0 is NaN
 
     def __repr__(self) -> str:
         head = (f"ModelGapResult(method={self.method}, source={self.source}, length_norm={self.length_norm}, "
                 f"coverage={self.coverage.share:.4f}, prompts={len(self.prompt_ids)}, "
                 f"measured={int(self.measured_prompts.sum())})")
         lines = [head, *repr(self.measured).splitlines()[1:]]
-        if self.alignment is not None:
-            alignment, gain, error = self._along_direction().values()
+        if along := self._along_direction():
+            alignment, gain, error = along.values()
             lines.append(f"direction: alignment {alignment:.4g}, log-odds gain {gain:.4g} ± {error:.2g} (first order)")
         if self.measured.gradients is not None:
             lines.append(repr(self.conflicts()))
         return "\n".join(lines)
 
 
-def build(rollouts: Rollouts, *, method: str, source: str, length_norm: bool, coefficients: torch.Tensor,
-          coverage: Coverage, grams: dict[str, torch.Tensor] | None, sketches: dict[str, torch.Tensor] | None,
-          dots: dict[str, torch.Tensor], direction: bool) -> ModelGapResult:
+def build(rollouts: Rollouts | JoinedResponses, *, method: str, source: str, length_norm: bool,
+          coefficients: torch.Tensor, coverage: Coverage, grams: dict[str, torch.Tensor] | None,
+          sketches: dict[str, torch.Tensor] | None, dots: dict[str, torch.Tensor], direction: bool) -> ModelGapResult:
     """Scale what was collected by 1/c_i (and 1/|o_i|) and estimate the gap of the measured prompts.
 
     Args:
@@ -225,8 +232,7 @@ def build(rollouts: Rollouts, *, method: str, source: str, length_norm: bool, co
     members = [rollouts.members[prompt] for prompt in keep]
     kept = sorted(response for prompt in members for response in prompt)
     number = {response: p for p, prompt in enumerate(members) for response in prompt}
-    some = next(iter((grams or sketches).values()))
-    device = some.device
+    device = next(iter((grams or sketches or {}).values())).device
     responses = Responses(rollouts.correct[kept].to(device),
                           torch.tensor([number[i] for i in kept], dtype=torch.int64, device=device),
                           tuple(rollouts.prompt_ids[prompt] for prompt in keep))
@@ -235,20 +241,21 @@ def build(rollouts: Rollouts, *, method: str, source: str, length_norm: bool, co
     unscaled = 1.0 / torch.where(coefficients == 0, 1.0, coefficients)  # G_i without length normalisation
     scale = (unscaled / lengths.clamp(min=1) if length_norm else unscaled).to(device)
 
-    def matrices(table):
+    def matrices(table: torch.Tensor) -> list[torch.Tensor]:
         return [table[list(own), :len(own)] * scale[list(own), None] * scale[list(own)] for own in members]
 
     if grams is not None:
-        def parameter_grams():
+        def parameter_grams() -> dict[str, list[torch.Tensor]]:
             return {name: matrices(table) for name, table in grams.items()}
 
-        total = tuple(matrices(sum(grams.values())))
+        total = tuple(matrices(reduce(torch.add, grams.values())))
         moments = Moments.from_gram(responses, total)
         gap = Gap("model", length_norm, estimate_gap(moments), moments, sizes, summed_grams=total)
     else:
+        assert sketches is not None
         scaled = {name: table[kept] * scale[kept, None].to(table.dtype) for name, table in sketches.items()}
 
-        def parameter_grams():
+        def parameter_grams() -> dict[str, list[torch.Tensor]]:
             return {name: list(ResponseGradients(responses, table).grams(sizes)) for name, table in scaled.items()}
 
         gradients = ResponseGradients(responses, torch.cat(list(scaled.values()), 1))
@@ -276,7 +283,8 @@ def _difference(responses: Responses, slopes: torch.Tensor) -> tuple[torch.Tenso
     return means[:, 1] - means[:, 0], estimate_gap(moments).bias.sqrt()
 
 
-def _over_all_prompts(estimate: GapEstimate, mask: torch.Tensor, rollouts: Rollouts, device) -> GapEstimate:
+def _over_all_prompts(estimate: GapEstimate, mask: torch.Tensor, rollouts: Rollouts | JoinedResponses,
+                      device: torch.device) -> GapEstimate:
     sizes = torch.zeros(2, rollouts.n_prompts, dtype=torch.int64, device=device)
     index, correct = rollouts.prompt_index.to(device), rollouts.correct.to(device).long()
     sizes.view(-1).index_add_(0, correct * rollouts.n_prompts + index, torch.ones_like(index))

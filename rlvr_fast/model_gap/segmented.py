@@ -25,6 +25,7 @@ Gram in L2 (66 to 76 GFLOP/s, not 78 to 87 as of whole pieces).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ DEVICE_BLOCK_BYTES = 1 << 30  # and on an accelerator: few, large products
 Pieces = list[list[tuple[torch.Tensor, torch.Tensor]]]  # per response the (b, a) of each use of the layer
 
 
-def device_products(b: torch.Tensor, a: torch.Tensor, n_responses: int) -> Callable | None:
+def device_products(b: torch.Tensor, a: torch.Tensor, n_responses: int) -> Callable[..., Any] | None:
     """``triton_segmented.prompt_products`` where the Triton kernel serves these operands, else None."""
     if not b.is_cuda:
         return None
@@ -63,7 +64,8 @@ def segmented_gram(groups: Sequence[Pieces], shape: tuple[int, int], direction: 
     Returns:
         per prompt ⟨G_i, G_j⟩ [n, n] float64, and ⟨direction, G_i⟩ [n] float64 (empty list without a direction).
     """
-    grams, dots = [], []
+    grams: list[torch.Tensor] = []
+    dots: list[torch.Tensor] = []
     for responses in groups:
         some = responses[0][0][0]
         if native.serves(some):
@@ -71,12 +73,13 @@ def segmented_gram(groups: Sequence[Pieces], shape: tuple[int, int], direction: 
         else:
             gram, dot = _in_blocks(responses, shape, direction, gradient)
         grams.append(gram)
-        dots.append(dot)
-    return grams, dots if direction is not None else []
+        if dot is not None:
+            dots.append(dot)
+    return grams, dots
 
 
 def _in_blocks(responses: Pieces, shape: tuple[int, int], direction: torch.Tensor | None,
-               gradient: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+               gradient: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One prompt's products a block of output rows at a time, all torch's."""
     d_out, d_in = shape
     n = len(responses)
@@ -101,7 +104,7 @@ def _in_blocks(responses: Pieces, shape: tuple[int, int], direction: torch.Tenso
             dot += (flat @ direction[start:stop].reshape(-1).to(dtype)).double()
         if gradient is not None:
             gradient[start:stop] += block.sum(0)
-    return gram, dot
+    return gram, None if direction is None else dot
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, first: bool) -> None:

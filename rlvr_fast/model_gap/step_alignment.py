@@ -22,7 +22,7 @@ rest of D scaled up by P/(P − 1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,7 @@ class StepAlignment:
     alignment_in_sample: torch.Tensor
     stderr: torch.Tensor
     mean_stderr: torch.Tensor
-    prompt_ids: tuple
+    prompt_ids: tuple[Hashable, ...]
 
     @property
     def self_influence(self) -> torch.Tensor:

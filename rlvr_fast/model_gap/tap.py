@@ -7,7 +7,8 @@ recomputation are not needed. The layer that saves its input anyway shares it wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,18 +20,24 @@ from rlvr_fast.model_gap.segmented import accumulation_dtype
 from rlvr_fast.model_gap.tensor_parallel import TensorParallel
 from rlvr_fast.model_gap.tensor_parallel_head import observe_spread_head
 
+if TYPE_CHECKING:
+    from rlvr_fast.model_gap.recording import Recording
+
+Contribution = tuple[str, str, *tuple[torch.Tensor, ...]]
+
 
 class Tap(torch.autograd.Function):
     """``Tap.apply(site, micro_batch, spans, output, seen, weight)``: output; the site returns the weight's gradient."""
 
     @staticmethod
-    def forward(ctx, site, micro_batch, spans, output, seen, weight):
+    def forward(ctx: Any, site: Site, micro_batch: MicroBatch, spans: Spans, output: torch.Tensor, seen: torch.Tensor,
+                weight: torch.Tensor | None) -> torch.Tensor:
         ctx.site, ctx.micro_batch, ctx.spans = site, micro_batch, spans
         ctx.save_for_backward(seen)
         return output.detach()  # not a view for autograd: in-place operations may follow
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (seen,) = ctx.saved_tensors
         wanted = ctx.needs_input_grad[5]
         with torch.no_grad():
@@ -44,11 +51,25 @@ class Site:
     ``spread``: of a model whose layers are spread over ranks; then all below is about what is here of a layer.
     """
 
-    def __init__(self, recording, module: nn.Module, name: str, parameters: dict[str, str],
+    module: nn.Module
+
+    def __init__(self, recording: Recording, module: nn.Module, name: str, parameters: dict[str, str],
                  spread: TensorParallel | None = None) -> None:
         self.recording, self.module, self.name, self.parameters = recording, module, name, parameters
         self.spread = spread
         self.original = module.forward
+
+    @property
+    def weight(self) -> torch.Tensor:
+        weight = self.module.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        bias = self.module.bias
+        assert bias is None or isinstance(bias, torch.Tensor)
+        return bias
 
     def uses(self) -> list[tuple[str, str]]:
         """(parameter, kind) of what it reports."""
@@ -64,13 +85,13 @@ class Site:
     def run(self, micro_batch: MicroBatch, spans: Spans, seen: torch.Tensor) -> torch.Tensor:
         return Tap.apply(self, micro_batch, spans, self.original(seen), seen, None)
 
-    def contributions(self, seen: torch.Tensor, gradient: torch.Tensor) -> Iterator[tuple]:
+    def contributions(self, seen: torch.Tensor, gradient: torch.Tensor) -> Iterator[Contribution]:
         """(kind, parameter, tensors...) of what each row adds to the gradients, kinds as in ``collect``."""
         raise NotImplementedError
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What stands in for the module's forward."""
-        seen = args[0] if len(args) == 1 and not kwargs else kwargs.get("input") if len(kwargs) == 1 else None
+        seen: Any = args[0] if len(args) == 1 and not kwargs else kwargs.get("input") if len(kwargs) == 1 else None
         place = self.recording.locate(self, seen)
         if place is None:
             return self.original(*args, **kwargs)
@@ -89,18 +110,20 @@ class Site:
     def called(self, micro_batch: MicroBatch, spans: Spans, seen: torch.Tensor) -> None:
         """For sites that need to know of a use before its backward."""
 
-    def arrive(self, micro_batch, spans, seen, gradient, wanted) -> torch.Tensor | None:
+    def arrive(self, micro_batch: MicroBatch, spans: Spans, seen: torch.Tensor, gradient: torch.Tensor, wanted: bool
+               ) -> torch.Tensor | None:
         """A backward came through; returns the gradient of the module's weight when it is wanted."""
         captured = self.recording.captures(self, micro_batch)
         leading = seen.shape[:-1]
         if self.spread is not None:
-            seen, gradient, spans = self.spread.local(self, seen, gradient, spans)
+            gradient = self.spread.local_output_gradient(self, seen, gradient)
+            seen, spans = self.spread.local_input(self, seen, spans)
         if captured:
             micro_batch.arrived.update(self.uses())
             if self.spread is None:
                 self.recording.observe_head(self, micro_batch, spans, seen, gradient)
             else:
-                observe_spread_head(self, micro_batch, leading, spans, seen, gradient)
+                observe_spread_head(self, self.spread, micro_batch, leading, spans, seen, gradient)
         result = None
         for kind, parameter, *tensors in self.contributions(seen, gradient):
             if self.spread is not None:
@@ -115,25 +138,28 @@ class Site:
                 result = weight_gradient(*tensors)
         if not wanted:
             return None
-        result = result.to(self.module.weight.dtype)
-        return result if self.spread is None else self.spread.as_parameter(result, self.module.weight)
+        assert result is not None  # wanted by a linear layer's own weight, of which the last contribution is
+        result = result.to(self.weight.dtype)
+        return result if self.spread is None else self.spread.as_parameter(result, self.weight)
 
 
 class LinearSite(Site):
     """nn.Linear. With method "segmented" its weight's gradient is formed here, response by response."""
 
+    module: nn.Linear
+
     @property
     def fused(self) -> bool:
         return self.recording.method == "segmented" and "weight" in self.parameters
 
-    def spread_sides(self, dim):
+    def spread_sides(self, dim: int) -> tuple[bool, bool] | None:
         return (False, True) if dim == 0 else (True, False)
 
-    def uses(self):
+    def uses(self) -> list[tuple[str, str]]:
         kinds = {"weight": "outer", "bias": "vector"}
         return [(parameter, kinds[own]) for own, parameter in self.parameters.items()]
 
-    def run(self, micro_batch, spans, seen):
+    def run(self, micro_batch: MicroBatch, spans: Spans, seen: torch.Tensor) -> torch.Tensor:
         seen = _autocast(seen)
         if not self.fused:
             return Tap.apply(self, micro_batch, spans, self.original(seen), seen, None)
@@ -141,7 +167,7 @@ class LinearSite(Site):
         output = F.linear(seen, weight.detach(), self.module.bias)
         return Tap.apply(self, micro_batch, spans, output, seen, weight)
 
-    def contributions(self, seen, gradient):
+    def contributions(self, seen: torch.Tensor, gradient: torch.Tensor) -> Iterator[Contribution]:
         a, b = seen.reshape(-1, seen.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
         if "bias" in self.parameters:
             yield "vector", self.parameters["bias"], b
@@ -152,23 +178,25 @@ class LinearSite(Site):
 class EmbeddingSite(Site):
     """nn.Embedding: ``seen`` are the ids."""
 
-    def uses(self):
+    module: nn.Embedding
+
+    def uses(self) -> list[tuple[str, str]]:
         return [(self.parameters["weight"], "rows")]
 
-    def leading(self, seen):
+    def leading(self, seen: torch.Tensor) -> torch.Size:
         return seen.shape
 
-    def spread_sides(self, dim):
+    def spread_sides(self, dim: int) -> tuple[bool, bool] | None:
         return False, dim == 1
 
-    def called(self, micro_batch, spans, seen):
+    def called(self, micro_batch: MicroBatch, spans: Spans, seen: torch.Tensor) -> None:
         ids = seen.detach()
         if self.spread is not None:
-            ids, _, spans = self.spread.local(self, ids, None, spans)
+            ids, spans = self.spread.local_input(self, ids, spans)
             ids, _ = self.spread.local_rows(self.parameters["weight"], self.module.weight, ids)
         micro_batch.embedding_ids.setdefault(self.parameters["weight"], []).append((ids.reshape(-1), spans))
 
-    def contributions(self, seen, gradient):
+    def contributions(self, seen: torch.Tensor, gradient: torch.Tensor) -> Iterator[Contribution]:
         ids, b = seen.reshape(-1), gradient.reshape(-1, gradient.shape[-1])
         if self.module.padding_idx is not None:
             b = b * (ids != self.module.padding_idx)[:, None]
@@ -181,16 +209,16 @@ class EmbeddingSite(Site):
 class ScaleSite(Site):
     """A module whose output is affine in its [d] parameters, element by element (LayerNorm, RMSNorm of any make)."""
 
-    def uses(self):
+    def uses(self) -> list[tuple[str, str]]:
         return [(parameter, "vector") for parameter in self.parameters.values()]
 
-    def contributions(self, seen, gradient):
+    def contributions(self, seen: torch.Tensor, gradient: torch.Tensor) -> Iterator[Contribution]:
         for own, parameter in self.parameters.items():
             values = gradient if own == "bias" else gradient * scale_slope(self.module, self.original, seen)
             yield "vector", parameter, values.reshape(-1, values.shape[-1])
 
 
-def scale_slope(module: nn.Module, forward, x: torch.Tensor) -> torch.Tensor:
+def scale_slope(module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """∂ output / ∂ weight of an elementwise affine module at ``x``: output(weight = 1) − output(weight = 0).
 
     The latter is 0 unless the module multiplies by (1 + weight). On a CPU one row that is not constant tells which, and
@@ -205,17 +233,19 @@ def scale_slope(module: nn.Module, forward, x: torch.Tensor) -> torch.Tensor:
     return slope - _at_weight(0.0, module, forward, x)
 
 
-def _at_weight(value: float, module: nn.Module, forward, x: torch.Tensor) -> torch.Tensor:
+def _at_weight(value: float, module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+               ) -> torch.Tensor:
     """output(x) with every weight at ``value`` and without the bias; plain tensors, also where the module's are not."""
-    before = dict(module._parameters)
+    parameters: dict[str, Any] = module._parameters
+    before = dict(parameters)
     try:
         for name, own in before.items():
             if own is not None:
-                module._parameters[name] = torch.full(own.shape, value if name == "weight" else 0.0, dtype=x.dtype,
-                                                      device=x.device)
+                parameters[name] = torch.full(own.shape, value if name == "weight" else 0.0, dtype=x.dtype,
+                                              device=x.device)
         return forward(x)
     finally:
-        module._parameters.update(before)
+        parameters.update(before)
 
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:

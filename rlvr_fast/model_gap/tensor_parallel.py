@@ -15,15 +15,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from rlvr_fast.distributed import checksum, raise_refusals, tell
-from rlvr_fast.model_gap.micro_batch import Spans
+from rlvr_fast.model_gap.micro_batch import Spans, spread_spans
 from rlvr_fast.rollouts import Rollouts
 from rlvr_fast.vocabulary_parallel import VocabularyShard
+
+if TYPE_CHECKING:  # DTensor takes a while to import, and whoever has one has done it
+    from torch.distributed.tensor import DTensor
+
+    from rlvr_fast.model_gap.tap import Site
+    from rlvr_fast.model_gap.tensor_parallel_head import HeadSamples
 
 SHARD, WHOLE, PARTIAL = "shard", "whole", "partial"
 
@@ -56,7 +63,7 @@ class Part:
         return torch.where(here, local, 0), here
 
 
-def is_dtensor(tensor: object) -> bool:
+def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     """Whether it is a DTensor."""
     return isinstance(tensor, torch.Tensor) and hasattr(tensor, "device_mesh")
 
@@ -82,15 +89,16 @@ class TensorParallel:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         self.ranks = dist.get_process_group_ranks(group)
         self.parts: dict[str, Part] = {}
-        self.heads: list = []
+        self.heads: list[HeadSamples] = []
         self.vocabulary = vocabulary
         self.shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         self._spread = {name for name, p in parameters.items() if is_dtensor(p) and self._lies_here(p)}
-        self.own_rows = {}
-        for name in head if vocabulary is not None else ():
-            sizes = tuple(parameters[name].shape)
-            self.shapes[name] = (vocabulary.size, *sizes[1:])
-            self.own_rows[name] = Part(SHARD, self.shapes[name], (vocabulary.first, *(0 for _ in sizes[1:])), sizes)
+        self.own_rows: dict[str, Part] = {}
+        if vocabulary is not None:
+            for name in head:
+                sizes = tuple(parameters[name].shape)
+                self.shapes[name] = (vocabulary.size, *sizes[1:])
+                self.own_rows[name] = Part(SHARD, self.shapes[name], (vocabulary.first, *(0 for _ in sizes[1:])), sizes)
         # Gradients of these may come as partial sums.
         self.replicated = [name for name, p in parameters.items() if is_dtensor(p) and p.ndim == 1
                            and not self._placement(p, sharded=True).is_shard()]
@@ -107,12 +115,15 @@ class TensorParallel:
 
     # -- layouts ------------------------------------------------------------------------------------------------------
 
-    def _lies_here(self, tensor: torch.Tensor) -> bool:
+    def _lies_here(self, tensor: DTensor) -> bool:
         mesh = tensor.device_mesh
         return any(dist.get_process_group_ranks(mesh.get_group(dim)) == self.ranks for dim in range(mesh.ndim))
 
-    def _placement(self, tensor: torch.Tensor, *, sharded: bool = False):
-        """How a DTensor lies on these ranks. ``sharded``: it may lie on a data-parallel mesh besides."""
+    def _placement(self, tensor: DTensor, *, sharded: bool = False) -> Any:
+        """How a DTensor lies on these ranks. ``sharded``: it may lie on a data-parallel mesh besides.
+
+        A Placement; to type checkers anything, as ``is_shard()`` does not tell them that there is a ``dim``.
+        """
         for dim, placement in reversed(list(enumerate(tensor.placements))):
             if dist.get_process_group_ranks(tensor.device_mesh.get_group(dim)) == self.ranks:
                 return placement
@@ -138,7 +149,7 @@ class TensorParallel:
         start = min(self.rank * step, n)
         return start, min(step, n - start)
 
-    def admit(self, site, seen: torch.Tensor, spans: Spans, *, gram: bool) -> str | None:
+    def admit(self, site: Site, seen: torch.Tensor, spans: Spans, *, gram: bool) -> str | None:
         """Note what is here of the parameters of ``site`` when it runs on ``seen``; else why they are not covered.
 
         ``gram``: inner products are formed layer by layer, so a matrix whose gradient is a partial sum cannot be.
@@ -178,16 +189,15 @@ class TensorParallel:
         spread = is_dtensor(weight) and self._placement(weight).is_shard()
         return Part(SHARD if spread else WHOLE, tuple(weight.shape), *self.extent("", weight))
 
-    def _kind(self, site, own: str, name: str, parameter: torch.Tensor, seen: torch.Tensor) -> str | None:
+    def _kind(self, site: Site, own: str, name: str, parameter: torch.Tensor, seen: torch.Tensor) -> str | None:
         if not is_dtensor(parameter):
             if name in self._spread and self.size > 1:
                 raise ValueError(f"group must hold the ranks that {name} is sharded over: its layer is not spread over "
                                  f"{self.ranks}")
             return None if is_dtensor(seen) else SHARD if name in self.own_rows else WHOLE
-        if not is_dtensor(seen):
+        if not is_dtensor(seen) or not is_dtensor(site.weight):
             return None
-        placement, given = self._placement(parameter), self._placement(seen)
-        weight = self._placement(site.module.weight)
+        placement, given, weight = (self._placement(tensor) for tensor in (parameter, seen, site.weight))
         if weight.is_replicate():
             if not placement.is_replicate():
                 return None
@@ -200,20 +210,24 @@ class TensorParallel:
 
     # -- what a backward brings ---------------------------------------------------------------------------------------
 
-    def local(self, site, seen: torch.Tensor, gradient: torch.Tensor | None, spans: Spans
-              ) -> tuple[torch.Tensor, torch.Tensor | None, Spans]:
-        """The input, the gradient of the output and the rows of the responses as far as they are here."""
-        if not is_dtensor(seen):
-            return seen, gradient, spans
-        if gradient is not None:
+    def local_input(self, site: Site, seen: torch.Tensor, spans: Spans) -> tuple[torch.Tensor, Spans]:
+        """The input and the rows of the responses as far as they are here."""
+        here = self.spans_here(site, seen, spans)
+        assert here is not None  # else the layer was not admitted
+        return waited(seen), here
+
+    def local_output_gradient(self, site: Site, seen: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of the output as far as it is here."""
+        if is_dtensor(seen):
+            assert is_dtensor(site.weight)  # else the layer was not admitted
+            assert is_dtensor(gradient)
             from torch.distributed.tensor import Replicate, Shard  # imported already, since a DTensor came
-            weight, wanted = self._placement(site.module.weight), self._placement(seen)
-            if weight.is_shard():
-                wanted = Shard(gradient.ndim - 1) if site.spread_sides(weight.dim)[1] else Replicate()
+            weight, wanted = self._placement(site.weight), self._placement(seen)
+            if weight.is_shard() and (sides := site.spread_sides(weight.dim)) is not None:
+                wanted = Shard(gradient.ndim - 1) if sides[1] else Replicate()
             if gradient.placements != (wanted,):
                 gradient = gradient.redistribute(placements=(wanted,))
-            gradient = waited(gradient)
-        return waited(seen), gradient, self.spans_here(site, seen, spans)
+        return waited(gradient)
 
     def local_rows(self, name: str, weight: torch.Tensor, ids: torch.Tensor
                    ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -224,7 +238,7 @@ class TensorParallel:
         """The ``kind`` of a contribution to the gradient of ``name``, as collectors know it."""
         return PARTIAL if kind == "vector" and self.parts[name].kind == PARTIAL else kind
 
-    def spans_here(self, site, seen: torch.Tensor, spans: Spans) -> Spans | None:
+    def spans_here(self, site: Site, seen: torch.Tensor, spans: Spans) -> Spans | None:
         """The rows of each response among those that are here; None if they are no ranges."""
         if not is_dtensor(seen) or not (given := self._placement(seen)).is_shard():
             return spans
@@ -245,6 +259,7 @@ class TensorParallel:
         """Of the gradient that reached ``parameter``, what belongs to the part that is here; partial sums stay so."""
         if not is_dtensor(gradient):
             return gradient
+        assert is_dtensor(parameter)
         own, given = self._placement(parameter), self._placement(gradient)
         if own.is_shard() and given.is_replicate():
             starts, sizes = self.extent(name, parameter)
@@ -261,26 +276,6 @@ class TensorParallel:
         kinds = [part.kind for part in self.parts.values()]
         return (f"TensorParallel(rank {self.rank} of {self.size}, "
                 f"{', '.join(f'{kind} {kinds.count(kind)}' for kind in (SHARD, WHOLE, PARTIAL))})")
-
-
-def spread_spans(spans: Spans, shape: Sequence[int], dim: int, start: int, size: int) -> Spans | None:
-    """Rows of each response among those that are here, when [start, start + size) of dimension ``dim`` is.
-
-    ``spans`` are rows of a tensor whose leading dimensions are ``shape``, flattened. None if a response's rows here
-    are no range.
-    """
-    outer, inner = 1, 1
-    for n in shape[:dim]:
-        outer *= n
-    for n in shape[dim + 1:]:
-        inner *= n
-    block = shape[dim] * inner
-    if all(first % block == 0 and last % block == 0 for first, last in spans):
-        return [(first // block * size * inner, last // block * size * inner) for first, last in spans]
-    if outer > 1:
-        return None
-    low, high = start * inner, (start + size) * inner
-    return [(min(max(first, low), high) - low, min(max(last, low), high) - low) for first, last in spans]
 
 
 def waited(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch.distributed as dist
 from torch import nn
 
 from rlvr_fast.model_gap.tensor_parallel import is_dtensor
 from rlvr_fast.vocabulary_parallel import VocabularyShard, check_shard
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def layer_group(parameters: dict[str, nn.Parameter], gathered: tuple[str, ...], group: dist.ProcessGroup | None,
@@ -23,7 +28,7 @@ def layer_group(parameters: dict[str, nn.Parameter], gathered: tuple[str, ...], 
     """
     own = {dist.get_rank()} if dist.is_available() and dist.is_initialized() else set()
     data = own if group is None else set(dist.get_process_group_ranks(group))
-    found = {}
+    found: dict[str, dist.ProcessGroup | None] = {}
     if vocabulary is not None:
         own_group = dist.group.WORLD if check_shard(vocabulary).group is None else vocabulary.group
         found["the vocabulary"] = own_group
@@ -47,22 +52,25 @@ def layer_group(parameters: dict[str, nn.Parameter], gathered: tuple[str, ...], 
         if spread:
             found[name] = mesh.get_group(spread[0])
     ranks = {name: tuple(dist.get_process_group_ranks(own_group)) for name, own_group in found.items()}
-    first = next(iter(found), None)
+    if not found:
+        return None
+    first = next(iter(found))
     for name, those in ranks.items():
         if those != ranks[first]:
             raise ValueError(f"model must have its layers spread over the same ranks, {first} is over "
                              f"{list(ranks[first])} and {name} over {list(those)}")
-    if first is not None and data & set(ranks[first]) != own:
+    if data & set(ranks[first]) != own:
         raise ValueError(f"group must hold ranks with responses of their own, got {sorted(data)}: {first} is spread "
                          f"over {list(ranks[first])}")
-    return found.get(first)
+    return found[first]
 
 
-def _check_gathered(name: str, mesh, spread: list[int], data: set[int], group: dist.ProcessGroup | None) -> None:
+def _check_gathered(name: str, mesh: DeviceMesh, spread: list[int], data: set[int], group: dist.ProcessGroup | None
+                    ) -> None:
     """``fully_shard`` shards over the leading dimensions of a mesh, and ``group`` holds all of those."""
-    ranks = mesh.mesh
-    if mesh.ndim > 1 and spread == [mesh.ndim - 1]:
-        ranks = ranks.select(-1, mesh.get_coordinate()[-1])
+    ranks, here = mesh.mesh, mesh.get_coordinate()
+    if here is not None and mesh.ndim > 1 and spread == [mesh.ndim - 1]:
+        ranks = ranks.select(-1, here[-1])
     held = set(ranks.flatten().tolist())
     if held != data:
         got = None if group is None else sorted(data)

@@ -7,7 +7,9 @@ step; the coefficients are then those of a head that has no entries but these.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,8 +22,11 @@ from rlvr_fast.model_gap.coefficients import (
     token_coefficients,
 )
 from rlvr_fast.model_gap.micro_batch import MicroBatch, Spans
-from rlvr_fast.model_gap.tensor_parallel import Part, waited
+from rlvr_fast.model_gap.tensor_parallel import Part, TensorParallel, waited
 from rlvr_fast.rollouts import Rollouts
+
+if TYPE_CHECKING:
+    from rlvr_fast.model_gap.tap import Site
 
 READINGS = 2  # ways in which the rows of one call can be read, at most
 ELSEWHERE = -1e4  # a logit without weight in any softmax
@@ -64,20 +69,21 @@ class HeadSamples:
         return HeadRows(self.micro_batch, self.spans, readings, TOLERANCE[self.dtype])
 
 
-def observe_spread_head(site, micro_batch: MicroBatch, leading: torch.Size, spans: Spans, hidden: torch.Tensor,
-                        gradient: torch.Tensor) -> None:
+def observe_spread_head(site: Site, spread: TensorParallel, micro_batch: MicroBatch, leading: torch.Size, spans: Spans,
+                        hidden: torch.Tensor, gradient: torch.Tensor) -> None:
     """As ``Recording.observe_head``, for a model whose layers are spread over ranks; local tensors."""
-    recording, spread = site.recording, site.spread
+    recording = site.recording
     if site.module is not recording.lm_head or micro_batch.probed:
         return
-    weight, bias = (None if x is None else waited(x.detach()) for x in (site.module.weight, site.module.bias))
+    weight, bias = waited(site.weight.detach()), None if site.bias is None else waited(site.bias.detach())
     hidden, gradient = hidden.reshape(-1, hidden.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-    rest = hidden, gradient, weight, bias
-    part = spread.head_part(site.module.weight)
+    part = spread.head_part(site.weight)
     if part.kind == "shard":
-        spread.heads.append(sample(micro_batch, leading, spans, *rest, part, spread.rank == 0, recording.temperature))
+        spread.heads.append(sample(micro_batch, leading, spans, hidden, gradient, weight, bias, part, spread.rank == 0,
+                                   recording.temperature))
     else:
-        recording.observed.append(observe(micro_batch, leading, spans, *rest, recording.temperature))
+        recording.observed.append(observe(micro_batch, leading, spans, hidden, gradient, weight, bias,
+                                          recording.temperature))
 
 
 def sample_width(rollouts: Rollouts) -> int:
@@ -96,7 +102,8 @@ def sample(micro_batch: MicroBatch, leading: torch.Size, spans: Spans, hidden: t
     columns, wide = _columns(micro_batch.rollouts), hidden.to(dtype)
     counted = float(first_rank or part.sizes[0] != part.shape[0])
 
-    def terms(ids, logits, entries):
+    def terms(ids: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor],
+              entries: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         local, here = part.local_rows(ids)
         z = logits(weight[local].to(hidden.dtype).to(dtype))  # as autocast hands them over
         if bias is not None:

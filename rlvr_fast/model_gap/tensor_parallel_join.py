@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from rlvr_fast.distributed import REFUSED, raise_refusals
+from rlvr_fast.model_gap.coefficients import HeadRows
 from rlvr_fast.model_gap.collect import vector_products
 from rlvr_fast.model_gap.micro_batch import MicroBatch
 from rlvr_fast.model_gap.segmented import accumulation_dtype
@@ -184,7 +185,7 @@ class Join:
             norms[name] = norms[name] + gradient.double().square().sum()
         return {name: value for (name, value), yes in zip(norms.items(), there, strict=True) if yes}
 
-    def heads(self) -> list:
+    def heads(self) -> list[HeadRows]:
         """What the lm_head saw, from the samples of all ranks."""
         sizes = [len(head.terms) for head in self.spread.heads]
         samples = self.view["samples"][:sum(sizes)].split(sizes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from rlvr_fast.model_gap.tensor_parallel import TensorParallel, is_dtensor
@@ -16,7 +18,7 @@ class ShardWitness(Witness):
         self.spread = spread
         super().__init__(parameters, rollouts)
 
-    def watch(self, name: str, parameter: torch.nn.Parameter) -> None:
+    def watch(self, name: str, parameter: torch.Tensor) -> None:
         if not is_dtensor(parameter):
             super().watch(name, parameter)
         elif parameter not in self._hooks:
@@ -27,7 +29,7 @@ class ShardWitness(Witness):
                                        for n, step in zip(sizes, (7, 3), strict=False))
             self._hooks[parameter] = parameter.register_hook(self._local_receiver(name, parameter))
 
-    def _local_receiver(self, name: str, parameter: torch.nn.Parameter):
+    def _local_receiver(self, name: str, parameter: torch.Tensor) -> Callable[[torch.Tensor], None]:
         receive = self._receiver(name)
         return lambda gradient: receive(self.spread.local_gradient(name, parameter, gradient.detach()))
 

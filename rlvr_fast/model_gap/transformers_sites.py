@@ -6,21 +6,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
+from rlvr_fast.model_gap.micro_batch import MicroBatch, Spans
 from rlvr_fast.model_gap.segmented import accumulation_dtype
-from rlvr_fast.model_gap.tap import EmbeddingSite, LinearSite, Tap, _autocast
+from rlvr_fast.model_gap.tap import Contribution, EmbeddingSite, LinearSite, Tap, _autocast
 
 
 class TransposedLinearSite(LinearSite):
     """y = x W + b with W [d_in, d_out]: the gradient is Σ_t a_t b_tᵀ."""
 
-    def spread_sides(self, dim):
+    def spread_sides(self, dim: int) -> tuple[bool, bool] | None:
         return None  # no tensor-parallel style of torch knows it
 
-    def run(self, micro_batch, spans, seen):
+    def run(self, micro_batch: MicroBatch, spans: Spans, seen: torch.Tensor) -> torch.Tensor:
         seen = _autocast(seen)
         if not self.fused:
             return Tap.apply(self, micro_batch, spans, self.original(seen), seen, None)
@@ -28,7 +30,7 @@ class TransposedLinearSite(LinearSite):
             output = self.original(seen)
         return Tap.apply(self, micro_batch, spans, output, seen, self.module.weight)
 
-    def contributions(self, seen, gradient):
+    def contributions(self, seen: torch.Tensor, gradient: torch.Tensor) -> Iterator[Contribution]:
         for kind, parameter, *factors in super().contributions(seen, gradient):
             yield kind, parameter, *reversed(factors)
 
@@ -36,26 +38,27 @@ class TransposedLinearSite(LinearSite):
 class ScaledEmbeddingSite(EmbeddingSite):
     """Rows of a weight, times constants [D]."""
 
-    def __init__(self, *arguments) -> None:
+    def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.slope = _slope(self.module)
 
-    def spread_sides(self, dim):
+    def spread_sides(self, dim: int) -> tuple[bool, bool] | None:
         return None
 
-    def contributions(self, seen, gradient):
+    def contributions(self, seen: torch.Tensor, gradient: torch.Tensor) -> Iterator[Contribution]:
         yield from super().contributions(seen, gradient.to(accumulation_dtype(gradient.dtype)) * self.slope)
 
 
 @contextmanager
 def parameters_of(module: nn.Module, **values: torch.Tensor) -> Iterator[None]:
     """Inside, ``module`` computes with these in the place of its parameters."""
-    before = dict(module._parameters)
-    module._parameters.update(values)
+    parameters: dict[str, Any] = module._parameters
+    before = dict(parameters)
+    parameters.update(values)
     try:
         yield
     finally:
-        module._parameters.update(before)
+        parameters.update(before)
 
 
 def _slope(module: nn.Embedding) -> torch.Tensor:
@@ -70,9 +73,8 @@ def _slope(module: nn.Embedding) -> torch.Tensor:
 def is_scaled_embedding(module: nn.Embedding) -> bool:
     """Whether the output is that of a plain embedding times constants."""
     weight = module.weight
-    like = {"dtype": weight.dtype, "device": weight.device}
     ids = torch.arange(min(6, len(weight)), device=weight.device).view(1, -1)
-    rows, columns = torch.linspace(1, 2, len(weight), **like)[:, None], torch.linspace(1, 2, weight.shape[1], **like)
+    rows, columns = _rising(len(weight), weight)[:, None], _rising(weight.shape[1], weight)
     try:
         slope = _slope(module)
         for trial in (rows.expand(weight.shape), columns.expand(weight.shape)):
@@ -90,10 +92,9 @@ def is_transposed_linear(module: nn.Module) -> bool:
     weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
     if type(module).__name__ != "Conv1D" or weight is None or bias is None or weight.ndim != 2:
         return False
-    like = {"dtype": weight.dtype, "device": weight.device}
     d_in, d_out = weight.shape
-    x = torch.randn(2, 3, d_in, generator=torch.Generator().manual_seed(0)).to(**like)
-    inputs, outputs = torch.linspace(1, 2, d_in, **like), torch.linspace(1, 2, d_out, **like)
+    x = torch.randn(2, 3, d_in, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    inputs, outputs = _rising(d_in, weight), _rising(d_out, weight)
     trials = {inputs[:, None]: (x @ inputs)[..., None], outputs: x.sum(-1, keepdim=True) * outputs}
     try:
         for trial, expected in trials.items():
@@ -104,6 +105,11 @@ def is_transposed_linear(module: nn.Module) -> bool:
     except Exception:
         return False
     return True
+
+
+def _rising(n: int, like: torch.Tensor) -> torch.Tensor:
+    """[n] numbers from 1 to 2."""
+    return torch.linspace(1, 2, n, dtype=like.dtype, device=like.device)
 
 
 def _close(output: torch.Tensor, expected: torch.Tensor) -> bool:

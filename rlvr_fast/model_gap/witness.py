@@ -7,6 +7,8 @@ compared with what the taps account for. Everything stays on the device until ``
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from rlvr_fast.model_gap import native
@@ -25,7 +27,7 @@ class Witness:
         self.seen: dict[str, torch.Tensor] = {}
         self.size: dict[str, torch.Tensor] = {}  # sums of magnitudes, the scale of rounding errors
         self.low: dict[str, torch.dtype] = {}  # the coarsest dtype on the way
-        self._hooks: dict[torch.nn.Parameter, torch.utils.hooks.RemovableHandle] = {}
+        self._hooks: dict[torch.Tensor, torch.utils.hooks.RemovableHandle] = {}
         for name, parameter in parameters.items():
             self.entries[name] = tuple(_spread(n, step, parameter.device)
                                        for n, step in zip(parameter.shape, (7, 3), strict=False))
@@ -40,7 +42,7 @@ class Witness:
             if not hasattr(parameter, "device_mesh"):  # of a shard the layer will show the whole, see ``watch``
                 self.watch(name, parameter)
 
-    def watch(self, name: str, parameter: torch.nn.Parameter) -> None:
+    def watch(self, name: str, parameter: torch.Tensor) -> None:
         """Note the gradients that reach ``parameter``, which is what a layer computes with for ``name``."""
         if parameter in self._hooks:
             return
@@ -49,7 +51,7 @@ class Witness:
                              "layers cannot be measured")
         self._hooks[parameter] = parameter.register_hook(self._receiver(name))
 
-    def _receiver(self, name: str):
+    def _receiver(self, name: str) -> Callable[[torch.Tensor], None]:
         def receive(gradient: torch.Tensor) -> None:
             self.received[name] += gradient.detach()[self.entries[name]].double()
         return receive

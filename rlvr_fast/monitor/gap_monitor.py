@@ -87,9 +87,17 @@ class GapMonitor:
         self._running: dict[str, float] = {}  # committed sums, those of past windows
         self._sums: dict[str, float] | None = None  # of this window, as compute() found them
 
-    level = property(lambda self: self._settings.level)
-    length_norm = property(lambda self: self._settings.length_norm)
-    threshold = property(lambda self: self._settings.threshold)
+    @property
+    def level(self) -> str:
+        return self._settings.level
+
+    @property
+    def length_norm(self) -> bool:
+        return self._settings.length_norm
+
+    @property
+    def threshold(self) -> float | None:
+        return self._settings.threshold
 
     # -- feeding ------------------------------------------------------------------------------------------------------
 
@@ -167,7 +175,7 @@ class GapMonitor:
                 settings=self._settings)
             gradients, prompts = None, PromptRows.none()
             if isinstance(gap, Gap) and gap.gradients is not None:
-                gradients = GradientRows.of(gap, advantages, rewards)
+                gradients = GradientRows.of(gap.gradients, advantages, rewards)
                 gradients.check_width(part.gradients for part in self._increments)
             elif gap is not None:
                 prompts = PromptRows.of(gap)
@@ -194,11 +202,11 @@ class GapMonitor:
             rows = Increment.join(self._increments)
             spent, seconds = self._schedule.costs()
             if self._exchange is not None:
-                rows, spent, seconds = self._joined(rows, spent, seconds)
+                rows, spent, seconds = self._joined(self._exchange, rows, spent, seconds)
             self._sums = window_sums(rows, self._settings)
             found = metrics_of(self._sums)
             if self._decay is not None:
-                found |= {f"{key}/ema": value for key, value in metrics_of(self._blend()).items()}
+                found |= {f"{key}/ema": value for key, value in metrics_of(self._blend(self._decay)).items()}
             self._schedule.plan(spent, seconds)
             windows = self._schedule.next_due - self._schedule.window
             found |= {"rlvr/time/overhead_ms": 1e3 * spent, "rlvr/time/windows": float(windows)}
@@ -206,28 +214,29 @@ class GapMonitor:
                 found["rlvr/time/overhead_share"] = spent / (windows * seconds + spent)
         return found
 
-    def _joined(self, rows: Increment, spent: float, seconds: float) -> tuple[Increment, float, float]:
+    def _joined(self, exchange: Exchange, rows: Increment, spent: float, seconds: float
+                ) -> tuple[Increment, float, float]:
         """Rows of all ranks, the largest cost, the shortest window: what every rank plans with."""
         own = {"configuration": int(checksum((self._settings, self._decay, self._schedule.every,
                                               self._schedule.budget)), 16),
                "spent": spent, "window_seconds": seconds, "window": self._schedule.window}
-        rows, heads = self._exchange.gather(rows, own)
+        rows, heads = exchange.gather(rows, own)
         for name, what in (("configuration", "settings"), ("window", "window, having reset() equally often,")):
             if len({head[name] for head in heads}) > 1:
                 raise ValueError(f"the monitors of all ranks must have the same {what} got different ones: "
                                  + ", ".join(f"{head[name]:g} on rank {rank}" for rank, head in enumerate(heads)))
         return rows, max(head["spent"] for head in heads), min(head["window_seconds"] for head in heads)
 
-    def _blend(self) -> dict[str, float]:
+    def _blend(self, decay: float) -> dict[str, float]:
         """γ · past sums + this window's."""
-        kept = {name: (self._decay ** 2 if name.startswith("var_") else self._decay) * value
+        kept = {name: (decay ** 2 if name.startswith("var_") else decay) * value
                 for name, value in self._running.items()}
         return kept | {name: kept.get(name, 0.0) + value for name, value in (self._sums or {}).items()}
 
     def reset(self) -> None:
         """End the window: its rows go; what ``compute`` last found in it enters the running means."""
         if self._sums is not None and self._decay is not None:
-            self._running = self._blend()
+            self._running = self._blend(self._decay)
         self._increments, self._sums = [], None
         self._schedule.end_window()
 

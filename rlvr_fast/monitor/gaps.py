@@ -10,7 +10,7 @@ import torch
 from rlvr_fast import _validate as check
 from rlvr_fast.gap import Gap, gradient_gap
 from rlvr_fast.model_gap.result import ModelGapResult
-from rlvr_fast.moments import Responses
+from rlvr_fast.moments import ResponseGradients, Responses
 from rlvr_fast.monitor.inputs import Settings, prompt_keys
 from rlvr_fast.rollouts import Rollouts
 
@@ -24,7 +24,7 @@ def update_gap(rollouts: Rollouts | None, hidden: torch.Tensor | None, weight: t
     """The gap of one update: measured here from hidden states and lm_head, or ``gap`` if it fits the monitor."""
     if (hidden is None) != (weight is None):
         raise ValueError("hidden and weight must be given together")
-    if hidden is not None:
+    if hidden is not None and weight is not None:
         if gap is not None:
             raise ValueError("give hidden and weight, or gap, not both")
         if rollouts is None:
@@ -69,8 +69,9 @@ class GradientRows:
     vectors: torch.Tensor
 
     @classmethod
-    def of(cls, gap: Gap, advantages: torch.Tensor | None, rewards: torch.Tensor | None) -> GradientRows:
-        responses = gap.gradients.responses
+    def of(cls, gradients: ResponseGradients, advantages: torch.Tensor | None, rewards: torch.Tensor | None
+           ) -> GradientRows:
+        responses = gradients.responses
         correct = responses.correct.double()
         if advantages is not None and rewards is not None and len(rewards) > len(correct):
             advantages = advantages[~rewards.isnan()]  # those of the scored responses
@@ -78,7 +79,7 @@ class GradientRows:
             advantage = torch.full_like(correct, torch.nan)
         else:
             advantage = check.tensor("advantages", advantages, shape=tuple(correct.shape)).detach().to(correct)
-        return cls(response_keys(responses), correct, advantage, gap.gradients.vectors.detach())
+        return cls(response_keys(responses), correct, advantage, gradients.vectors.detach())
 
     def check_width(self, others: Iterable[GradientRows | None]) -> None:
         """Raise if some of ``others`` have vectors of another width."""
@@ -124,9 +125,9 @@ class PromptRows:
                    "energy_pos": moments.square[:, 1], "n_neg": moments.count[:, 0], "n_pos": moments.count[:, 1]}
         if isinstance(gap, ModelGapResult):
             columns["coverage"] = torch.full_like(absent, gap.coverage.share)
-            if gap.alignment is not None:
-                kept = gap.measured_prompts
-                columns |= {"alignment": gap.alignment[kept], "gain": gap.predicted_log_odds_gain[kept],
-                            "gain_stderr": gap.predicted_log_odds_gain_stderr[kept]}
+            for name, column in (("alignment", gap.alignment), ("gain", gap.predicted_log_odds_gain),
+                                 ("gain_stderr", gap.predicted_log_odds_gain_stderr)):
+                if column is not None:
+                    columns[name] = column[gap.measured_prompts]
         keys = prompt_keys(list(measured.prompt_ids), len(measured.prompt_ids))
         return cls(keys, torch.stack([columns.get(name, absent) for name in PROMPT_COLUMNS], 1))

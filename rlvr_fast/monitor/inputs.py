@@ -90,7 +90,7 @@ def response_rows(*, rollouts: Rollouts | None, prompt_ids: Any, rewards: torch.
         mixed = ((rate > 0) & (rate < 1)).double()
         columns |= {name: torch.where(rate.isnan(), UNKNOWN, values)
                     for name, values in (("success_rate", rate), ("mixed", mixed))}
-    elif "advantage" in columns and not (scored and identified):
+    elif advantages is not None and not (scored and identified):
         columns |= _groups_behind(advantages.detach(), verdict, scored, settings)
     keys = torch.zeros(n, dtype=torch.int64)
     if identified:
@@ -130,7 +130,8 @@ class _Row:
         if value.is_complex():
             raise TypeError(f"{name} must hold real numbers, got {check.describe(value)}")
         value = value.detach().double()
-        if self.device.type == "cpu" and not (value.isfinite() | (value.isnan() if nan else False)).all():
+        fine = value.isfinite() | value.isnan() if nan else value.isfinite()
+        if self.device.type == "cpu" and not fine.all():
             raise ValueError(f"{name} must be finite, got {check.describe(value)} with other values")
         return value
 
@@ -151,6 +152,7 @@ def _verdicts(row: _Row, rollouts: Rollouts | None, rewards: torch.Tensor | None
         if settings.estimator not in PROPORTIONAL:
             raise ValueError("rewards or correct must be given beside advantages of estimator "
                              f"{settings.estimator!r}, whose sign is not the verdict")
+        assert advantage is not None  # one of the four was given
         return torch.where(advantage == 0, UNKNOWN, (advantage > 0).double()), False
     rewards = row("rewards", rewards, nan=True)  # NaN marks a response that could not be scored
     if settings.threshold is None:
@@ -223,7 +225,7 @@ class _Tokens:
         if rollouts is not None:
             self.lengths = rollouts.lengths.double()
             return
-        check.tensor("mask", mask, shape=(row.n, None), device=row.device)
+        mask = check.tensor("mask", mask, shape=(row.n, None), device=row.device)
         if mask.device.type == "cpu" and not ((mask == 0) | (mask == 1)).all():
             raise ValueError(f"mask must hold only 0 and 1, got {check.describe(mask)} with other values")
         self.inside = mask.detach() != 0
@@ -245,14 +247,17 @@ class _Tokens:
         return values
 
     @cached_property
-    def _segments(self) -> Segments:
-        return Segments.of(self.rollouts.response_index, self.rollouts.n_responses)
+    def _segments(self) -> Segments | None:
+        """Each response's tokens in a packed tensor; None where every response has a row."""
+        return None if self.rollouts is None else Segments.of(self.rollouts.response_index, self.rollouts.n_responses)
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
-        return values.sum(1) if self.rollouts is None else self._segments.sum(values)
+        return values.sum(1) if self._segments is None else self._segments.sum(values)
 
 
-def _token_columns(rollouts, mask, row, length_norm, logp, old_logp, sum_p_sq, entropy) -> dict[str, torch.Tensor]:
+def _token_columns(rollouts: Rollouts | None, mask: torch.Tensor | None, row: _Row, length_norm: bool,
+                   logp: torch.Tensor | None, old_logp: torch.Tensor | None, sum_p_sq: torch.Tensor | None,
+                   entropy: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """What follows from the given per-token tensors."""
     for name, value in (("old_logp", old_logp), ("sum_p_sq", sum_p_sq), ("entropy", entropy)):
         if value is not None and logp is None:

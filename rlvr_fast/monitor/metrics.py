@@ -47,7 +47,7 @@ def _ratio(numerator: str, denominator: str) -> Callable[[Sums], float | None]:
 
 def _when(*names: str) -> Callable[[Callable[[Sums], float | None]], Callable[[Sums], float | None]]:
     """A value that needs these sums, the last of them above 0."""
-    def wrap(formula):
+    def wrap(formula: Callable[[Sums], float | None]) -> Callable[[Sums], float | None]:
         def value(s: Sums) -> float | None:
             return formula(s) if all(name in s for name in names) and s[names[-1]] > 0 else None
 

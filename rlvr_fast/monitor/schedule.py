@@ -41,8 +41,9 @@ class Schedule:
         self.due = True
         self._window_start: float | None = None
         self._block_start: float | None = None
-        self._events: list[tuple] = []
-        self._spent, self._planned = 0.0, None  # of this window: all of it, and what plan() knew of
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event, float]] = []
+        self._spent = 0.0  # of this window
+        self._planned: float | None = None  # what plan() knew of it
         self._unplanned = 0.0  # of the last measured window: what came after plan()
         self._seconds, self._windows = 0.0, 0  # of the windows since the last planned one
 
@@ -56,15 +57,15 @@ class Schedule:
             yield
             return
         self._block_start = start = self._clock()
-        events = []
+        events = None
         if device is not None and device.type == "cuda":
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record(torch.cuda.current_stream(device))
         try:
             yield
         finally:
             seconds, self._block_start = self._clock() - start, None
-            if events:
+            if events is not None:
                 events[1].record(torch.cuda.current_stream(device))
                 self._events.append((*events, seconds))
             else:

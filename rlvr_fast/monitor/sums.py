@@ -117,10 +117,10 @@ class _Responses:
         rated = scored & (has_rate | judged)
         revealed = mixed & has_rate
 
-        def total(which, values=None):
+        def total(which: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
             return weight @ (which.double() if values is None else torch.where(which, values, 0.0))
 
-        found = {
+        found: dict[str, torch.Tensor | int] = {
             "responses": len(weight), "scored": scored.sum(), "unscored": (scored & ~judged).sum(),
             "settled": total(settled), "mixed": total(mixed),
             "placed": total(placed), "solved": total(solved), "failed": total(failed),
@@ -262,8 +262,9 @@ def _figures(columns: dict[str, torch.Tensor]) -> dict[str, float]:
     if not columns["naive"][both].isfinite().all():
         raise ValueError("gap must be finite, got NaN or infinity on the device: hidden states or lm_head hold such")
     usable = columns["norm_sq"].isfinite()
-    sums = {"gaps": usable.sum(), "gap_prompts": len(both),
-            "pooled": columns["pooled"].sum()}
+    sums: dict[str, torch.Tensor | int] = {
+        "gaps": usable.sum(), "gap_prompts": len(both),
+        "pooled": columns["pooled"].sum()}
     sums |= {f"gap_{name}": columns[name][usable].sum() for name in ("norm_sq", "naive", "bias")}
     sums["var_gap"] = columns["stderr"][usable].square().sum()
     sums |= {name: columns[name].sum() for name in ("energy_neg", "energy_pos", "n_neg", "n_pos")}

@@ -90,7 +90,7 @@ def profile(shape: Shape, *, parameters: int | None = None, softcap: float | Non
         left = seconds - (time.perf_counter() - started)
         repeats = max(min(repeats, int(left / round_seconds)), FEWEST_REPEATS)
 
-    times = {key: [] for key in calls}
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     for done in range(repeats):
         for key, call in calls.items():
             tell(done, repeats, key[0])
@@ -106,8 +106,8 @@ def profile(shape: Shape, *, parameters: int | None = None, softcap: float | Non
                     stage.flops(shape), stage.bytes(shape, dtype.itemsize), memory[stage.name])
         for stage in stages)
     growth = tuple(
-        Growth(axis, stage.name, median(half := times[stage.name, axis]), median(full := times[stage.name, ""]),
-               median(f / h for f, h in zip(full, half, strict=True)))
+        Growth(axis, stage.name, median(times[stage.name, axis]), median(times[stage.name, ""]),
+               median(f / h for f, h in zip(times[stage.name, ""], times[stage.name, axis], strict=True)))
         for axis in halves for stage in stages)
     return ProfileReport(shape, measured, results, growth, *rates, parameters, softcap, machine.device_name(device),
                          str(device), str(dtype).removeprefix("torch."), backend, repeats, seconds,

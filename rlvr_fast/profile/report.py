@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich.console import Console, Group
 from rich.markup import escape
@@ -84,7 +85,7 @@ class ProfileReport:
     def floor(self, stage: StageResult) -> tuple[float, str]:
         """(seconds, which binds) of the required FLOPs at the product's rate, or of the bytes at the copy's."""
         limits = {"FLOPs": stage.flops / self.gemm_flops_per_second, "bytes": stage.bytes / self.copy_bytes_per_second}
-        binding = max(limits, key=limits.get)
+        binding = max(limits, key=limits.__getitem__)
         return limits[binding], binding
 
     def step_seconds(self, factor: int) -> float | None:
@@ -93,13 +94,16 @@ class ProfileReport:
             return None
         return factor * self.parameters * self.requested.n_tokens / self.gemm_flops_per_second
 
-    def to_json(self) -> dict:
+    def _steps(self) -> dict[str, float | None]:
+        """``step_seconds`` of each kind of step."""
+        return {name: self.step_seconds(factor) for name, factor in STEP_FLOPS.items()}
+
+    def to_json(self) -> dict[str, Any]:
         stages = []
         for stage in self.stages:
             floor, binding = self.floor(stage)
             projected = stage.requested_seconds()
-            shares = {name: None if self.parameters is None else projected / self.step_seconds(factor)
-                      for name, factor in STEP_FLOPS.items()}
+            shares = {name: None if step is None else projected / step for name, step in self._steps().items()}
             stages.append(asdict(stage) | {
                 "flops_per_second": stage.flops / stage.seconds, "floor_seconds": floor, "bound_by": binding,
                 "share_of_gemm": stage.flops / stage.seconds / self.gemm_flops_per_second if stage.flops else None,
@@ -169,7 +173,7 @@ class ProfileReport:
         return [f"  {axis}: {meaning}" + ("" if axis in measured else "; not measured: an odd size cannot be halved")
                 for axis, meaning in AXIS_MEANING.items()]
 
-    def _projection(self) -> list:
+    def _projection(self) -> list[str | Table]:
         kind = "Projected from the smaller shape" if self.scaled else "Measured"
         how = ", in proportion to the work each stage requires" if self.scaled else ""
         if self.parameters is None:
@@ -180,7 +184,7 @@ class ProfileReport:
         for stage in self.stages:
             seconds = stage.requested_seconds()
             table.add_row(stage.name, f"{seconds:.3g}", *(
-                f"<= {_percent(max(seconds / self.step_seconds(factor), 1e-4))}" for factor in STEP_FLOPS.values()))
+                f"<= {_percent(max(seconds / step, 1e-4))}" for step in self._steps().values() if step is not None))
         steps = ", ".join(f"{factor}·parameters·N FLOPs {name} = {self.step_seconds(factor):,.3g} s"
                           for name, factor in STEP_FLOPS.items())
         return [table, f"  A step: {steps}, for {self.parameters / 1e9:.3g}B parameters, at the bare product's rate "

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from rlvr_fast.advantages import advantages, loss_weights
-from rlvr_fast.gap import gradient_gap
+from rlvr_fast.gap import Gap, gradient_gap
 from rlvr_fast.linear_logprob import linear_logprob
 from rlvr_fast.profile.shape import Shape
-from rlvr_fast.step.measure import measure_step
+from rlvr_fast.step.measure import StepMeasure, measure_step
 from rlvr_fast.synthetic import SyntheticBatch
-from rlvr_fast.token_stats import token_stats
+from rlvr_fast.token_stats import TokenStats, token_stats
 
 
 @dataclass(frozen=True)
@@ -54,42 +55,46 @@ class Stage:
 
 def all_stages(levels: tuple[str, ...], softcap: float | None, backend: str) -> tuple[Stage, ...]:
     """Every stage, with the gap at ``levels``."""
-    head = {"softcap": softcap, "backend": backend}
-
-    def stats(inputs, hidden_grad=False):
+    def stats(inputs: Inputs, *, hidden_grad: bool = False) -> TokenStats:
         batch = inputs.batch
-        return token_stats(batch.hidden, batch.weight, batch.rollouts.tokens, hidden_grad=hidden_grad, **head)
+        return token_stats(batch.hidden, batch.weight, batch.rollouts.tokens, hidden_grad=hidden_grad, softcap=softcap,
+                           backend=backend)
 
-    def gap(inputs, level):
+    def gap(level: str, inputs: Inputs) -> Gap:
         batch = inputs.batch
-        return gradient_gap(batch.hidden, batch.weight, batch.rollouts, level=level, **head)
+        return gradient_gap(batch.hidden, batch.weight, batch.rollouts, level=level, softcap=softcap, backend=backend)
 
-    def training_logp(inputs):
+    def training_logp(inputs: Inputs) -> tuple[torch.Tensor, ...]:
         hidden, weight = (x.detach().requires_grad_() for x in (inputs.batch.hidden, inputs.batch.weight))
-        logp, _ = linear_logprob(hidden, weight, inputs.batch.rollouts.tokens, **head)
+        logp, _ = linear_logprob(hidden, weight, inputs.batch.rollouts.tokens, softcap=softcap, backend=backend)
         return torch.autograd.grad(logp.sum(), (hidden, weight))
 
-    def weights(inputs):
+    def weights(inputs: Inputs) -> torch.Tensor:
         rollouts = inputs.batch.rollouts
         return loss_weights(rollouts, advantages(rollouts, "grpo", backend=backend), "grpo", backend=backend)
 
-    def step(inputs):
+    def step(inputs: Inputs) -> StepMeasure:
         return measure_step(inputs.logp_before, inputs.logp_after, inputs.batch.rollouts,
                             logp_reverse=inputs.logp_reverse, in_sample=False, backend=backend)
 
     # level: products of N·V·D, and fp32 results per response
-    of_level = {"logits": (1, lambda s: s.vocabulary_size), "hidden": (1, lambda s: s.hidden_size),
-                "head": (2, lambda s: s.group_size)}
+    of_level: dict[str, tuple[int, Callable[[Shape], int]]] = {
+        "logits": (1, lambda s: s.vocabulary_size), "hidden": (1, lambda s: s.hidden_size),
+        "head": (2, lambda s: s.group_size)}
+
+    def gap_flops(level: str, shape: Shape) -> float:
+        return of_level[level][0] * shape.product_flops
+
+    def gap_bytes(level: str, shape: Shape, itemsize: int) -> float:
+        return _operands(shape, itemsize) + 20 * shape.n_tokens + 4 * shape.n_responses * of_level[level][1](shape)
+
     stages = [Stage("token_stats", stats, lambda s: s.product_flops, lambda s, e: _operands(s, e) + 20 * s.n_tokens)]
     for level in levels:
-        products, width = of_level[level]
-        stages.append(Stage(
-            f"gradient_gap {level}", lambda inputs, level=level: gap(inputs, level),
-            lambda s, products=products: products * s.product_flops,
-            lambda s, e, width=width: _operands(s, e) + 20 * s.n_tokens + 4 * s.n_responses * width(s)))
+        stages.append(Stage(f"gradient_gap {level}", partial(gap, level), partial(gap_flops, level),
+                            partial(gap_bytes, level)))
     return (
         *stages,
-        Stage("token_stats hidden_grad", lambda inputs: stats(inputs, hidden_grad=True),
+        Stage("token_stats hidden_grad", partial(stats, hidden_grad=True),
               lambda s: 2 * s.product_flops, lambda s, e: _operands(s, e) + (20 + 4 * s.hidden_size) * s.n_tokens),
         Stage("linear_logprob fwd+bwd", training_logp, lambda s: 3 * s.product_flops,
               lambda s, e: 2 * _operands(s, e) + 8 * s.n_tokens),

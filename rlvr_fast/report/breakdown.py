@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,13 +27,14 @@ from rlvr_fast.report.verdicts import Z95, bin_range, bin_verdict
 PROMPT_ROWS = 100
 LABELLED = 30  # prompts up to which a heat map names them on its axes
 BIN_TINTS = {"mastered": "green", "edge": "blue", "lucky guess": "gold", "out of reach": "grey"}
-Row = Mapping[str, object]
+Row = Mapping[str, Any]
 
 
 def whom_section(runs: Sequence[Series]) -> Section | None:
     """Slope of the success rate at the end of the last measured step, by the prompts' own success rate."""
     figure, rows = Figure(), []
-    measured = [(run, {**one, "verdict": bin_verdict(one)}) for run in runs for one in run.bins]
+    measured: list[tuple[Series, Row]] = [(run, {**one, "verdict": bin_verdict(one)}) for run in runs
+                                          for one in run.bins]
     for at, run in enumerate(run for run in runs if run.bins):
         own = [one for other, one in measured if other is run]
         figure.traces.append({
@@ -191,8 +193,8 @@ def prompts_section(recorded: Recorded) -> Section | None:
                   f"{number(_float(one['low']), '.2f')} to {number(_float(one['high']), '.2f')}",
                   with_error(_float(one["norm_sq"]), _float(one["stderr"])), number(_float(one["p_adjusted"]), ".2g"),
                   text(one["verdict"])] for one in rows]
-        columns = ("prompt", "bin", "correct", "95 %", "squared gap ± error", "p, adjusted", "verdict")
-        lead, numeric = "Prompts at the edge first, largest gap first.", frozenset(range(2, 6))
+        columns: tuple[str, ...] = ("prompt", "bin", "correct", "95 %", "squared gap ± error", "p, adjusted", "verdict")
+        lead, numeric, total = "Prompts at the edge first, largest gap first.", frozenset(range(2, 6)), len(table)
     elif recorded.rollouts is not None and recorded.rollouts["prompts"]:
         rows = recorded.rollouts["prompts"]
         table = [[text(one["prompt"]), f"{one['correct']:,} of {one['rollouts']:,}",
@@ -200,9 +202,9 @@ def prompts_section(recorded: Recorded) -> Section | None:
                   number(one["mixed"], ".0%")] for one in rows]
         columns, numeric = ("prompt", "correct", "95 %", "groups", "mixed groups"), frozenset(range(1, 5))
         lead = "Prompts with the largest p(1 − p) first: those whose groups are most often mixed."
+        total = recorded.rollouts["summary"]["prompts"]
     else:
         return None
-    total = len(table) if spectrum is not None else recorded.rollouts["summary"]["prompts"]
     note = f"{PROMPT_ROWS} of {total:,} prompts." if total > PROMPT_ROWS else ""
     return Section("prompts", "Prompt by prompt", lead, None, Table(columns, table[:PROMPT_ROWS], numeric, note),
                    open_table=True)
@@ -222,5 +224,5 @@ def _bars(errors: Sequence[float]) -> dict[str, object]:
     return {"type": "data", "array": list(errors), "thickness": 1.5, "width": 4, "color": colour("ink")}
 
 
-def _float(value: object, default: float = math.nan) -> float:
+def _float(value: Any, default: float = math.nan) -> float:
     return default if value is None else float(value)

@@ -32,9 +32,14 @@ SHOWN = (0.05, 16.0)  # step / break-even beyond these is drawn at the edge
 TICKS = (0.0625, 0.125, 0.25, 0.5, 1, 2, 4, 8, 16)
 
 
+def _empty() -> tuple[Figure, list[list[str]], list[str]]:
+    """A section's figure, rows and notes before there is any."""
+    return Figure(), [], []
+
+
 def step_section(runs: Sequence[Series]) -> Section | None:
     """Step over break-even, with the region beyond break-even shaded."""
-    figure, rows, notes = Figure(), [], []
+    figure, rows, notes = _empty()
     at_edge = False
     for tint, run in _tinted(runs):
         share = fractions(run)
@@ -95,7 +100,7 @@ def _verdict_markers(figure: Figure, step: np.ndarray, value: np.ndarray, verdic
 
 
 def success_section(runs: Sequence[Series]) -> Section | None:
-    figure, rows, notes, missing = Figure(), [], [], False
+    (figure, rows, notes), missing = _empty(), False
     for tint, run in _tinted(runs):
         sampled, exact = run.get("success"), run.get("exact_success")
         name = _label(run, "success rate")
@@ -137,7 +142,7 @@ def _success_interval(run: Series, column: Column) -> tuple[np.ndarray, np.ndarr
 
 
 def gain_section(runs: Sequence[Series]) -> Section | None:
-    figure, rows, notes = Figure(), [], []
+    figure, rows, notes = _empty()
     for tint, run in _tinted(runs):
         gain, realised = run.get("gain"), run.get("realised_gain")
         if gain is not None:
@@ -158,7 +163,7 @@ def gain_section(runs: Sequence[Series]) -> Section | None:
 def gap_section(runs: Sequence[Series]) -> Section | None:
     squared = any(run.get("gap") is not None for run in runs)
     role, label = ("gap", "squared gap norm") if squared else ("gap_norm", "gap norm")
-    figure, rows, notes = Figure(), [], []
+    figure, rows, notes = _empty()
     for tint, run in _tinted(runs):
         column = run.get(role)
         if column is not None:
@@ -175,7 +180,7 @@ def gap_section(runs: Sequence[Series]) -> Section | None:
 
 
 def alignment_section(runs: Sequence[Series]) -> Section | None:
-    figure, rows, notes = Figure(), [], []
+    figure, rows, notes = _empty()
     first, second = (any(run.get(role) for run in runs) for role in ("alignment", "signal_to_noise"))
     both = first and second
     for tint, run in _tinted(runs):
@@ -204,7 +209,7 @@ def alignment_section(runs: Sequence[Series]) -> Section | None:
 def groups_section(runs: Sequence[Series]) -> Section | None:
     """Shares of mixed, solved and failed groups, told apart by colour and runs by dash; runs by colour if only mixed
     ones are known."""
-    figure, rows, notes = Figure(), [], []
+    figure, rows, notes = _empty()
     mixed_alone = not any(run.get(role) for run in runs for role in ("solved", "failed"))
     for at, (own, run) in enumerate(_tinted(runs)):
         mixed, zero, solved, failed = map(run.get, ("mixed", "zero_std", "solved", "failed"))
@@ -225,7 +230,7 @@ def groups_section(runs: Sequence[Series]) -> Section | None:
 
 
 def length_section(runs: Sequence[Series]) -> Section | None:
-    figure, rows, notes = Figure(), [], []
+    figure, rows, notes = _empty()
     second = next((role for role in ("length_bias", "length_difference") if any(run.get(role) for run in runs)), None)
     first = any(run.get("length") is not None for run in runs)
     for tint, run in _tinted(runs):

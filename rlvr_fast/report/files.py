@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlvr_fast.analyze.files import READERS, json_lines, natural
 
@@ -24,7 +26,7 @@ class RunFiles:
     unread: tuple[Path, ...]
 
 
-def find_files(run: str | Path, rollouts: str | Path | None = None) -> RunFiles:
+def find_files(run: str | Path, rollouts: str | os.PathLike[str] | None = None) -> RunFiles:
     """The files of a run that is a folder or a single file.
 
     Raises:
@@ -65,7 +67,7 @@ def _is_rollouts(path: Path) -> bool:
     return path.name.startswith("rollouts") and (path.is_dir() or path.name.lower().endswith(tuple(READERS)))
 
 
-def rows_of(path: Path, notes: list[str]) -> Iterator[dict]:
+def rows_of(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """The steps of one file. A last line that is cut off, as of a run that is being written, is left out with a note.
 
     Raises:
@@ -81,7 +83,7 @@ def rows_of(path: Path, notes: list[str]) -> Iterator[dict]:
     yield from json_lines(path, cut_off=lambda: notes.append(cut_off))
 
 
-def _log_history(path: Path) -> list[dict]:
+def _log_history(path: Path) -> list[dict[str, Any]]:
     state = read_json(path)
     history = state.get("log_history") if isinstance(state, dict) else None
     if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
@@ -89,7 +91,7 @@ def _log_history(path: Path) -> list[dict]:
     return history
 
 
-def read_json(path: Path) -> object:
+def read_json(path: Path) -> Any:
     """Raises ValueError naming the file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))

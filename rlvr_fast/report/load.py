@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,29 +63,32 @@ class Recorded:
 
     source: str
     series: tuple[Series, ...]
-    rollouts: Mapping[str, object] | None
-    details: Mapping[str, object]
+    rollouts: Mapping[str, Any] | None
+    details: Mapping[str, Any]
     others: Mapping[tuple[str, str], Tally]
-    unknown: Counter
+    unknown: Counter[str]
     n_rows: int
     notes: list[str] = field(default_factory=list)
 
 
-def load(run: str | Path, *, rollouts: str | Path | None = None, columns: Mapping[str, str | None] | None = None,
-         threshold: float | None = None) -> Recorded:
+def load(run: str | Path, *, rollouts: str | os.PathLike[str] | None = None,
+         columns: Mapping[str, str | None] | None = None, threshold: float | None = None) -> Recorded:
     """Read a run; see ``write_report`` for what it may be.
 
     Raises:
         ValueError: naming the file, line or key of what cannot be read; if nothing can be shown.
     """
-    files, notes = find_files(run, rollouts), []
-    unknown, known, others = Counter(), Counter(), {}
+    files = find_files(run, rollouts)
+    notes: list[str] = []
+    unknown: Counter[str] = Counter()
+    known: Counter[str] = Counter()
+    others: dict[tuple[str, str], Tally] = {}
     merged: dict[str, dict[int, dict[str, object]]] = {}
     n_rows = _merge((row for path in files.steps for row in rows_of(path, notes)), merged, known, unknown, others,
                     notes)
     found = None if files.rollouts is None else analyze(files.rollouts, columns=dict(columns or {}),
                                                         threshold=threshold, prompts=PROMPTS)
-    if files.unread:
+    if files.unread and files.rollouts is not None:
         notes.append(f"Rollouts are from {files.rollouts.name} alone; {len(files.unread)} more of them lie beside it. "
                      "A folder of them is read as one dump.")
     details = {} if files.details is None else read_json(files.details)
@@ -105,12 +110,13 @@ def load(run: str | Path, *, rollouts: str | Path | None = None, columns: Mappin
     return Recorded(str(run), series, found, details, others, unknown, n_rows, notes)
 
 
-def _merge(rows: Iterable[dict], merged: dict, known: Counter, unknown: Counter, others: dict[tuple[str, str], Tally],
-           notes: list[str]) -> int:
+def _merge(rows: Iterable[Mapping[str, object]], merged: dict[str, dict[int, dict[str, object]]], known: Counter[str],
+           unknown: Counter[str], others: dict[tuple[str, str], Tally], notes: list[str]) -> int:
     """Rows by run and step; a later row of the same step adds to it and overrides."""
     count = unplaced = repeated = 0
     for count, raw in enumerate(rows, 1):
-        row, rest = {}, {}
+        row: dict[str, object] = {}
+        rest: dict[str, object] = {}
         for name, value in _flat(raw):
             (row if keys.is_known(name) else rest)[name] = value
         known.update(row.keys())
@@ -146,7 +152,8 @@ def _flat(row: Mapping[str, object], prefix: str = "", depth: int = 0) -> Iterab
 def _series(name: str, rows: Mapping[int, Mapping[str, object]], notes: list[str]) -> Series:
     steps = sorted(rows)
     ordered = [rows[step] for step in steps]
-    columns, odd = {}, Counter()
+    columns: dict[str, Column] = {}
+    odd: Counter[str] = Counter()
     for role, choices in keys.ROLES.items():
         if role == "success" and not all(0 <= (_number(row.get("reward")) or 0) <= 1 for row in ordered):
             choices = tuple(key for key in choices if key.value != "reward")
@@ -161,21 +168,22 @@ def _series(name: str, rows: Mapping[int, Mapping[str, object]], notes: list[str
     for key, count in odd.items():
         notes.append(f"{key} is no finite number in {count:,} steps.")
     bins, bins_step = _bins(steps, ordered)
-    texts = [[next((_text(row[key]) for key in choices if key in row and _text(row[key])), None) for row in ordered]
-             for choices in (keys.VERDICT_KEYS, keys.REASON_KEYS)]
-    return Series(name, np.array(steps, dtype=np.int64), columns, *texts, bins, bins_step)
+    verdicts, reasons = (
+        [next((_text(row[key]) for key in choices if key in row and _text(row[key])), None) for row in ordered]
+        for choices in (keys.VERDICT_KEYS, keys.REASON_KEYS))
+    return Series(name, np.array(steps, dtype=np.int64), columns, verdicts, reasons, bins, bins_step)
 
 
-def _column(rows: list[Mapping[str, object]], choices: tuple[keys.Key, ...], odd: Counter,
+def _column(rows: list[Mapping[str, object]], choices: tuple[keys.Key, ...], odd: Counter[str],
             unbounded: bool) -> Column | None:
     table = np.full((4, len(rows)), math.nan)
-    sources: Counter = Counter()
+    sources: Counter[str] = Counter()
     for at, row in enumerate(rows):
         for key in choices:
-            value = row.get(key.value)
-            if value is None:
+            logged = row.get(key.value)
+            if logged is None:
                 continue
-            number = _number(value)
+            number = _number(logged)
             if number is None or (math.isinf(number) and not unbounded):
                 odd[key.value] += 1
             elif not math.isnan(number):
@@ -185,7 +193,8 @@ def _column(rows: list[Mapping[str, object]], choices: tuple[keys.Key, ...], odd
                     table[part, at] = math.nan if error is None else error
                 sources[key.value] += 1
                 break
-    return Column(*table, sources) if sources else None
+    value, stderr, low, high = table
+    return Column(value, stderr, low, high, sources) if sources else None
 
 
 def _bins(steps: list[int], rows: list[Mapping[str, object]]) -> tuple[tuple[dict[str, float], ...], int | None]:
@@ -199,8 +208,8 @@ def _bins(steps: list[int], rows: list[Mapping[str, object]]) -> tuple[tuple[dic
                 found.setdefault(label, {})[figure] = number
         table = []
         for label, figures in found.items():
-            ends = [_number(end) for end in label.split("_")]
-            if len(ends) == 2 and None not in ends and math.isfinite(figures.get("end_slope", math.nan)):
+            ends = [end for end in map(_number, label.split("_")) if end is not None]
+            if len(ends) == 2 == len(label.split("_")) and math.isfinite(figures.get("end_slope", math.nan)):
                 table.append({"low": ends[0], "high": ends[1]} | figures)
         if table:
             return tuple(sorted(table, key=lambda one: one["low"])), step

@@ -34,7 +34,8 @@ def others_section(others: Mapping[tuple[str, str], Tally]) -> Section | None:
     rows = [[text(run or NOTHING), text(key, 80), f"{tally.count:,}",
              *(number(value, ".4g") for value in (tally.first, tally.last, tally.low, tally.high))]
             for (run, key), tally in sorted(others.items(), key=lambda item: (item[0][1], item[0][0]))]
-    columns, numeric = ("run", "key", "values", "first", "last", "lowest", "highest"), frozenset(range(2, 7))
+    columns: tuple[str, ...] = ("run", "key", "values", "first", "last", "lowest", "highest")
+    numeric = frozenset(range(2, 7))
     if not any(run for run, _ in others):
         rows, columns, numeric = [row[1:] for row in rows], columns[1:], frozenset(range(1, 6))
     note = "" if len(rows) <= KEYS else f"{KEYS} of {len(rows):,} rows."

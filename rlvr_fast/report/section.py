@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ class Section:
     id: str
     title: str
     lead: str
-    figure: Mapping[str, object] | None = None
+    figure: Mapping[str, Any] | None = None
     table: Table | None = None
     notes: Sequence[str] = ()
     open_table: bool = False
@@ -46,10 +47,10 @@ class Section:
 class Figure:
     """Traces and layout with the defaults that all figures share."""
 
-    traces: list[dict[str, object]] = field(default_factory=list)
-    layout: dict[str, object] = field(default_factory=dict)
+    traces: list[dict[str, Any]] = field(default_factory=list)
+    layout: dict[str, Any] = field(default_factory=dict)
 
-    def build(self, height: int = 340) -> dict[str, object]:
+    def build(self, height: int = 340) -> dict[str, Any]:
         """Plain data: arrays as lists, NaN and infinities as None."""
         legend = sum(trace.get("showlegend", True) for trace in self.traces) > 1
         return plain({"data": self.traces, "layout": {"height": height, "showlegend": legend} | self.layout})

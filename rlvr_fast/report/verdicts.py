@@ -62,7 +62,7 @@ def fractions(series: Series) -> Column | None:
     even, given, rate, bound = map(series.get, ("break_even", "fraction", "learning_rate", "break_even_rate"))
     n = len(series.step)
     value, low, high = (np.full(n, math.nan) for _ in range(3))
-    sources: Counter = Counter()
+    sources: Counter[str] = Counter()
     if given is not None:
         value, sources = given.value.copy(), Counter(given.sources)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -131,6 +131,7 @@ def headline(series: Series) -> Headline:
                         collapse or "Nothing in this log tells whether the steps are safe.", (NO_VERDICT,), ())
     last = judged[-1]
     verdict = verdicts[last]
+    assert verdict is not None  # since it was judged
     since = last
     for at in reversed(judged):
         if verdicts[at] != verdict:
@@ -194,8 +195,7 @@ def bin_range(one: Mapping[str, float]) -> str:
 def _collapse(series: Series) -> str:
     """Success at the end (mean of the last three steps) below half of the best three steps in a row."""
     column = series.get("exact_success") or series.get("success")
-    known = np.isfinite(column.value) if column is not None else np.zeros(0, dtype=bool)
-    if known.sum() < 2 * SMOOTH:
+    if column is None or (known := np.isfinite(column.value)).sum() < 2 * SMOOTH:
         return ""
     smooth = np.convolve(column.value[known], np.full(SMOOTH, 1 / SMOOTH), "valid")
     best, end = smooth.max(), smooth[-1]

@@ -7,13 +7,19 @@ steps with a break-even lose there too, but some directions have none, and the r
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from rlvr_fast.simulate.lines import success
-from rlvr_fast.simulate.output import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Report, label, panels, table
+from rlvr_fast.simulate.output import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Numbers, Report, label, panels, table
 from rlvr_fast.simulate.problems import Bandit, SignTask, sample
 from rlvr_fast.simulate.rules import Rule
 from rlvr_fast.simulate.runs import relative, scan
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
 
 TASK, THETA = SignTask(256, (48,)), 0.02
 FRACTIONS = (0.4, 0.8, 0.95, 1.05, 1.2, 1.5)
@@ -31,13 +37,13 @@ def run(*, seeds: int = 5, quick: bool = False) -> Report:
     return Report("collapse", parameters, numbers, figure(numbers), tables(numbers))
 
 
-def closed_form(n_steps: int) -> dict:
+def closed_form(n_steps: int) -> Numbers:
     start = torch.tensor([THETA], dtype=torch.float64)
     runs = {str(fraction): relative(TASK, start, fraction, n_steps)[0] for fraction in FRACTIONS}
     return {"success": runs, "optimum": float(success(TASK, torch.zeros_like(start)))}
 
 
-def bandits(seeds: int, n_steps: int) -> dict:
+def bandits(seeds: int, n_steps: int) -> Numbers:
     """16 contexts that 4 parameters cannot all satisfy. ``lost``: share of the steps with a break-even that lost."""
     runs, lost, without = {}, {}, {}
     for fraction in FRACTIONS:
@@ -55,7 +61,7 @@ def bandits(seeds: int, n_steps: int) -> dict:
     return {"success": runs, "lost": lost, "without_break_even": without}
 
 
-def verdicts(seeds: int, n_steps: int) -> dict:
+def verdicts(seeds: int, n_steps: int) -> Numbers:
     """What ``scan_step`` says on fresh held-out rollouts before each step of the collapse at 1.2."""
     rule, rows, theta = Rule("unit_norm"), [], torch.tensor([THETA], dtype=torch.float64)
     for step in range(n_steps):
@@ -72,7 +78,7 @@ def verdicts(seeds: int, n_steps: int) -> dict:
     return {"steps": rows}
 
 
-def tables(numbers: dict) -> list:
+def tables(numbers: Numbers) -> list[Table]:
     exact = numbers["closed_form"]["success"]
     sequence = [[f"{fraction}", *(float(f"{value:.4f}") for value in exact[str(fraction)][:10].tolist())]
                 for fraction in FRACTIONS]
@@ -92,7 +98,7 @@ def tables(numbers: dict) -> list:
                   ["step", "success", "after", "safe", "near", "overshoot", "undetermined", "effective share"], said)]
 
 
-def figure(numbers: dict):
+def figure(numbers: Numbers) -> Figure:
     fig, (exact, odds, bandit) = panels(3)
     for fraction, colour in zip(FRACTIONS, COLOURS, strict=True):
         rates = numbers["closed_form"]["success"][str(fraction)]

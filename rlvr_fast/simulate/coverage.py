@@ -8,14 +8,14 @@ is the estimate ± 1.96 of its stated standard errors.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from functools import cache
 
 import torch
 
 from rlvr_fast.simulate.estimators import Estimate, end_slope, ratio_gains, two_ended
 from rlvr_fast.simulate.lines import derivatives, gain, success
-from rlvr_fast.simulate.output import Report
+from rlvr_fast.simulate.output import Numbers, Report
 from rlvr_fast.simulate.problems import SignTask, sample
 from rlvr_fast.simulate.runs import scan
 from rlvr_fast.step.measure import measure_step
@@ -32,6 +32,7 @@ SCANNED = tuple(sorted({round(f * m, 6) for f in STEPS for m in (0.5, 1, 2)} | {
 SHORT = 0.02  # step of the two-sided differences, in break-evens
 CLASS_FLOORS = (0, 10, 30, 100)  # 30: the verdict as it is
 RESPONSES_PER_CELL = 300_000
+Values = defaultdict[str, list[tuple[float, float, float]]]  # figure -> (estimate, its standard error, truth)
 
 
 def run(*, seeds: int = 150, quick: bool = False) -> Report:
@@ -56,8 +57,8 @@ def run(*, seeds: int = 150, quick: bool = False) -> Report:
 
 def problem_of(regime: str) -> tuple[SignTask, torch.Tensor, torch.Tensor]:
     """Task, θ, and the update that breaks even exactly."""
-    margins, theta = REGIMES[regime]
-    theta = torch.tensor([theta], dtype=torch.float64)
+    margins, at = REGIMES[regime]
+    theta = torch.tensor([at], dtype=torch.float64)
     return SignTask(LENGTH, margins), theta, -2 * theta
 
 
@@ -84,11 +85,12 @@ def prompt_truth(regime: str) -> dict[str, torch.Tensor]:
     return {"alignment": torch.stack([f[0] for f in found]), "curvature": torch.stack([f[1] for f in found]), **gains}
 
 
-def cell(regime: str, n_prompts: int, group_size: int, seeds: int) -> dict:
+def cell(regime: str, n_prompts: int, group_size: int, seeds: int) -> Numbers:
     """All figures of one regime at one sample size, over replicates."""
     n = min(seeds, max(12, RESPONSES_PER_CELL // (n_prompts * group_size)))
-    values, verdicts = defaultdict(list), {(f, floor): defaultdict(int) for f in STEPS for floor in CLASS_FLOORS}
-    reasons = {f: defaultdict(int) for f in STEPS}
+    values: Values = defaultdict(list)
+    verdicts: dict[tuple[float, int], Counter[str]] = {(f, floor): Counter() for f in STEPS for floor in CLASS_FLOORS}
+    reasons: dict[float, Counter[str]] = {f: Counter() for f in STEPS}
     for seed in range(n):
         replicate(regime, n_prompts, group_size, seed, values, verdicts, reasons)
     figures = {name: judge(*map(torch.tensor, zip(*rows, strict=True))) for name, rows in values.items()}
@@ -98,8 +100,8 @@ def cell(regime: str, n_prompts: int, group_size: int, seeds: int) -> dict:
             "reasons": {f"{f:g}": {why: count / n for why, count in reasons[f].items()} for f in STEPS}}
 
 
-def replicate(regime: str, n_prompts: int, group_size: int, seed: int, values: dict, verdicts: dict,
-              reasons: dict) -> None:
+def replicate(regime: str, n_prompts: int, group_size: int, seed: int, values: Values,
+              verdicts: dict[tuple[float, int], Counter[str]], reasons: dict[float, Counter[str]]) -> None:
     """Append (estimate, stated standard error, truth) of every figure from one draw of rollouts."""
     task, theta, update = problem_of(regime)
     true, generator = truth(regime), torch.Generator().manual_seed(seed)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from rlvr_fast.simulate.output import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, label, panels, table
+from typing import TYPE_CHECKING, Any
+
+from rlvr_fast.simulate.output import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, Numbers, label, panels, table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
 
 COLOURS = {"hard": BLUE, "middle": BLACK, "easy": SKY, "near one": ORANGE, "almost one": RED, "far": PINK}
 GAINS = {"A": (BLACK, "A: covariance with the reward"), "B": (SKY, "B: mean of r(ρ − 1)"),
@@ -15,7 +22,7 @@ INTERVALS = {"success_slope": "J′", "success_curvature": "J″", "success_peak
 REASONS = ("determined", "within error", "sample gone", "scarce class", "mean ratio")
 
 
-def tables(numbers: dict) -> list:
+def tables(numbers: Numbers) -> list[Table]:
     cells = numbers["cells"]
     samples = {name: f"{name} ({cell['n']})" for name, cell in cells.items()}
     coverage = [[samples[name], *(f"{cell['figures'][figure]['coverage']:.2f}" for figure in INTERVALS)]
@@ -49,18 +56,19 @@ def tables(numbers: dict) -> list:
         table(" / ".join(REASONS), [first, "0.3", "0.8", "1.2"], why)]
 
 
-def _band(figure: dict) -> str:
+def _band(figure: dict[str, float]) -> str:
     return f"{figure['median']:.2f} ({figure['low']:.2f} to {figure['high']:.2f})"
 
 
-def figure(numbers: dict):
+def figure(numbers: Numbers) -> Figure:
     fig, (pooled, prompt, ahead, verdict, error, covered) = panels(6, height=4.4)
     cells = [cell for cell in numbers["cells"].values() if cell["n_prompts"] == 32]
     regimes = list(dict.fromkeys(cell["regime"] for cell in cells))
     for regime in regimes:
         own = [cell for cell in cells if cell["regime"] == regime]
         sizes = [cell["group_size"] for cell in own]
-        rate, style = numbers["regimes"][regime]["success"], {"color": COLOURS[regime], "marker": "o", "markersize": 3}
+        rate = numbers["regimes"][regime]["success"]
+        style: dict[str, Any] = {"color": COLOURS[regime], "marker": "o", "markersize": 3}
         text = f"{regime}, J = {rate:.3f}"
         pooled.plot(sizes, [cell["figures"]["success_gain 0.8"]["coverage"] for cell in own], label=text, **style)
         prompt.plot(sizes, [cell["figures"]["alignment"]["coverage"] for cell in own], label=text, **style)
@@ -86,7 +94,7 @@ def figure(numbers: dict):
     return fig
 
 
-def _verdicts(axis, cells: list, regimes: list) -> None:
+def _verdicts(axis: Axes, cells: list[Numbers], regimes: list[str]) -> None:
     """Outcomes for the step that overshoots, one stacked bar per regime and sample size."""
     position, ticks = 0, []
     for regime in regimes:
@@ -105,7 +113,7 @@ def _verdicts(axis, cells: list, regimes: list) -> None:
     axis.tick_params(axis="x", labelsize=6)
 
 
-def _estimators(error, covered, cells: list, regimes: list) -> None:
+def _estimators(error: Axes, covered: Axes, cells: list[Numbers], regimes: list[str]) -> None:
     """Error and coverage of the gain estimators at one sample size, by regime, for a losing step."""
     for offset, (name, (colour, text)) in enumerate(GAINS.items()):
         chosen = [next(c for c in cells if c["regime"] == regime and c["group_size"] == 128) for regime in regimes]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 
+Numbers = dict[str, Any]  # plain values and tensors under names, to any depth
+
 
 @dataclass
 class Report:
@@ -37,7 +40,7 @@ class Report:
 
     name: str
     parameters: dict[str, Any]
-    numbers: dict[str, Any]
+    numbers: Numbers
     figure: Figure
     tables: list[Table] = field(default_factory=list)
 
@@ -76,7 +79,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def table(title: str, columns: list[str], rows: list[list]) -> Table:
+def table(title: str, columns: list[str], rows: Sequence[Sequence[object]]) -> Table:
     """Numbers right-aligned with 4 digits, text as it is."""
     result = Table(title=title, title_justify="left")
     for i, name in enumerate(columns):

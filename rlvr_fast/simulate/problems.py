@@ -28,17 +28,19 @@ class Batch:
 
 
 class Problem(Protocol):
-    """What a simulation needs to know.
+    """What a simulation needs to know."""
 
-    Attributes:
-        length: T, tokens per response.
-        n_prompts: P, size of the population.
-        n_parameters: D.
-    """
+    @property
+    def length(self) -> int:
+        """T, tokens per response."""
 
-    length: int
-    n_prompts: int
-    n_parameters: int
+    @property
+    def n_prompts(self) -> int:
+        """P, size of the population."""
+
+    @property
+    def n_parameters(self) -> int:
+        """D."""
 
     def log_odds(self, theta: Tensor) -> Tensor:
         """[..., D] -> [..., P]: logit J of every prompt, exact and differentiable."""

@@ -74,8 +74,7 @@ class Rule:
         """[D]: the step at rate 1, from rollouts."""
         rollouts = batch.rollouts
         advantage = (rollouts.rewards if self.name == "reinforce" else
-                     advantages(rollouts, SAMPLED_ESTIMATOR[self.name],
-                                **({"eps": 0.0} if self.name == "grpo" else {})))
+                     advantages(rollouts, SAMPLED_ESTIMATOR[self.name], eps=0.0 if self.name == "grpo" else None))
         weight = loss_weights(rollouts, advantage, "grpo" if self.length_norm else "seq_mean_token_sum")
         at = theta.detach().requires_grad_()
         gradient, = torch.autograd.grad((weight.double() * problem.logp(at, batch)).sum(), at)

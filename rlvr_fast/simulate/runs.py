@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from rlvr_fast.simulate.lines import break_even, success
-from rlvr_fast.simulate.problems import Problem, sample
+from rlvr_fast.simulate.problems import Batch, Problem, sample
 from rlvr_fast.simulate.rules import Rule
 from rlvr_fast.step.scan import StepCurve, scan_step
 
@@ -80,7 +81,7 @@ def adaptive_sampled(problem: Problem, start: Tensor, fraction: float, n_steps: 
     return torch.stack(history), torch.tensor(lengths, dtype=torch.float64)
 
 
-def scan(problem: Problem, theta: Tensor, update: Tensor, batch, multiples) -> StepCurve:
+def scan(problem: Problem, theta: Tensor, update: Tensor, batch: Batch, multiples: Sequence[float]) -> StepCurve:
     """``scan_step`` of ``update`` on held-out rollouts."""
     parameter = theta.clone()
     return scan_step(lambda: problem.logp(parameter, batch), [parameter], [update], batch.rollouts,

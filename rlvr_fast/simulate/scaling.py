@@ -14,15 +14,20 @@ For 1 − J, the break-even per unit of alignment is what the bounds are about: 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
 from rlvr_fast.simulate.lines import break_even, derivatives, success
-from rlvr_fast.simulate.output import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Report, label, panels, table
+from rlvr_fast.simulate.output import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Numbers, Report, label, panels, table
 from rlvr_fast.simulate.problems import SignTask, sample
 from rlvr_fast.simulate.rules import Rule
 from rlvr_fast.simulate.runs import scan
 from rlvr_fast.step.bounds import theorem_step_bound, token_step_bound
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
 
 LENGTHS = (64, 128, 256, 512, 1024)
 RULES = {"unit norm: step length": Rule("unit_norm"), "grpo: rate": Rule("grpo"),
@@ -44,7 +49,7 @@ def run(*, seeds: int = 12, quick: bool = False) -> Report:
     """``seeds``: tasks drawn from each family; the error bars are their standard errors."""
     seeds, lengths = (min(seeds, 3), LENGTHS[::2]) if quick else (seeds, LENGTHS)
     n_prompts = 16 if quick else 64
-    numbers = {"lengths": lengths, "expected_slopes": EXPECTED}
+    numbers: Numbers = {"lengths": lengths, "expected_slopes": EXPECTED}
     for family in EXPECTED:
         thresholds = [by_length(family, seed, lengths, n_prompts) for seed in range(seeds)]
         values = {name: [row[name] for row in thresholds] for name in EXPECTED[family]}
@@ -70,7 +75,7 @@ def family_member(family: str, seed: int, length: int) -> tuple[SignTask, torch.
 
 def by_length(family: str, seed: int, lengths: tuple[int, ...], n_prompts: int) -> dict[str, list[float]]:
     """Break-evens found by search along every rule's own exact update, certified lengths, and measured break-evens."""
-    result = {name: [] for name in ("success rate", *EXPECTED[family])}
+    result: dict[str, list[float]] = {name: [] for name in ("success rate", *EXPECTED[family])}
     for length in lengths:
         task, theta = family_member(family, seed, length)
         result["success rate"].append(float(success(task, theta)))
@@ -97,7 +102,7 @@ def certified(task: SignTask, theta: torch.Tensor) -> dict[str, float]:
             REFINED: float(token_step_bound(alignment, rate, task.length, *token, refined=True))}
 
 
-def by_failure_rate() -> dict:
+def by_failure_rate() -> Numbers:
     """Break-even over alignment, true and certified, at T = 256 close to the optimum of tasks ever easier."""
     theta, rows = torch.tensor([NEAR_OPTIMUM], dtype=torch.float64), []
     for margin in MARGINS:
@@ -132,22 +137,22 @@ def slope(x: list[float] | tuple[int, ...], rows: list[list[float]]) -> dict[str
             "left_out": len(rows) - len(slopes)}
 
 
-def tables(numbers: dict) -> list:
-    result = []
+def tables(numbers: Numbers) -> list[Table]:
+    result: list[Table] = []
     for family, expected in EXPECTED.items():
         rows = [[name, expected[name], s["mean"], s["stderr"], f"{s['rows']} ({s['left_out']})"]
                 for name, s in numbers[family]["slope"].items()]
         result.append(table(f"Slope of log threshold against log T, family: {family}",
                             ["threshold", "theory", "slope", "standard error", "tasks (left out)"], rows))
     failure = numbers["failure"]
-    expected = {"true": "", "grpo rate": "", "reinforce rate": "", THEOREM: "0", TOKEN: "1", REFINED: "1/log"}
+    bound_says = {"true": "", "grpo rate": "", "reinforce rate": "", THEOREM: "0", TOKEN: "1", REFINED: "1/log"}
     result.append(table("Slope of log(break-even / alignment) against log(1 − J), J > 0.7, T = 256",
                         ["threshold per unit of alignment", "bound says", "slope", "fit's standard error"],
-                        [[name, expected[name], s["mean"], s["stderr"]] for name, s in failure["slope"].items()]))
+                        [[name, bound_says[name], s["mean"], s["stderr"]] for name, s in failure["slope"].items()]))
     return result
 
 
-def figure(numbers: dict):
+def figure(numbers: Numbers) -> Figure:
     fig, (local, fixed, failure) = panels(3, height=4.6)
     styles = dict(zip((*RULES, MEASURED, TOKEN, THEOREM, REFINED),
                       ((BLACK, "-"), (BLUE, "-"), (SKY, "-"), (RED, "-"), (ORANGE, "-"), (BLACK, ":"), (GREEN, "--"),

@@ -7,13 +7,19 @@ break-even at every step: found exactly, or measured by ``scan_step`` on held-ou
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from rlvr_fast.simulate.lines import success
-from rlvr_fast.simulate.output import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Report, label, panels, table
+from rlvr_fast.simulate.output import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Numbers, Report, label, panels, table
 from rlvr_fast.simulate.problems import Bandit, SignTask
 from rlvr_fast.simulate.rules import Rule
 from rlvr_fast.simulate.runs import adaptive_sampled, fixed_rate, fixed_rate_sampled, relative
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
 
 TASK, THETA = SignTask(256, (48,)), 0.35
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -53,12 +59,12 @@ def start() -> torch.Tensor:
     return torch.tensor([THETA], dtype=torch.float64)
 
 
-def exact(rules: tuple[Rule, ...], n_steps: int) -> dict:
+def exact(rules: tuple[Rule, ...], n_steps: int) -> Numbers:
     rates = torch.tensor(RATES, dtype=torch.float64)
     return {str(rule): settled(fixed_rate(TASK, start(), rule, rates, n_steps)) for rule in rules}
 
 
-def curves(quick: bool, n_steps: int) -> dict:
+def curves(quick: bool, n_steps: int) -> Numbers:
     """The same on a fine grid of rates, for the figure."""
     rates = torch.logspace(-3, 1, 9 if quick else 49, dtype=torch.float64)
     rules = [rule for rule in RULES if str(rule) in DRAWN]
@@ -66,7 +72,7 @@ def curves(quick: bool, n_steps: int) -> dict:
                                      for rule in (rules[:2] if quick else rules)}}
 
 
-def sampled(rules: tuple[Rule, ...], seeds: int, n_steps: int) -> dict:
+def sampled(rules: tuple[Rule, ...], seeds: int, n_steps: int) -> Numbers:
     """16 prompts of 8 responses a step: {rule: [rate][seed]} of the exact success it settles at."""
     def settle(rule: Rule, rate: float, seed: int) -> float:
         generator = torch.Generator().manual_seed(seed)
@@ -75,17 +81,18 @@ def sampled(rules: tuple[Rule, ...], seeds: int, n_steps: int) -> dict:
     return {str(rule): [[settle(rule, rate, seed) for seed in range(seeds)] for rate in RATES] for rule in rules}
 
 
-def adaptive(seeds: int, n_steps: int) -> dict:
+def adaptive(seeds: int, n_steps: int) -> Numbers:
     runs = [adaptive_sampled(TASK, start(), SAFE_FRACTION, n_steps, n_prompts=32, group_size=32,
                              generator=torch.Generator().manual_seed(seed)) for seed in range(seeds)]
     return {"exact": relative(TASK, start(), SAFE_FRACTION, n_steps)[0], "sampled": [history for history, _ in runs],
             "lengths": [lengths for _, lengths in runs]}
 
 
-def bandits(seeds: int, n_steps: int, n_adaptive: int) -> dict:
+def bandits(seeds: int, n_steps: int, n_adaptive: int) -> Numbers:
     """6 contexts with 4 arms under 8 parameters, on which perfect success is possible; success against the rate."""
     rates = torch.logspace(-1, 3, 9, dtype=torch.float64)
-    final = {str(rule): [] for rule in (Rule("unit_norm"), Rule("grpo"), Rule("reinforce"), Rule("natural"))}
+    final: dict[str, list[torch.Tensor]] = {
+        str(rule): [] for rule in (Rule("unit_norm"), Rule("grpo"), Rule("reinforce"), Rule("natural"))}
     adapted = []
     for seed in range(seeds):
         bandit = Bandit.random(6, 4, 8, torch.Generator().manual_seed(seed), solvable=True)
@@ -97,7 +104,7 @@ def bandits(seeds: int, n_steps: int, n_adaptive: int) -> dict:
             "adaptive": [float(value) for value in adapted]}
 
 
-def tables(numbers: dict) -> list:
+def tables(numbers: Numbers) -> list[Table]:
     columns = ["rule", *(f"η = {rate:g}" for rate in RATES)]
     optimum, adapted, bandit = numbers["optimum"], numbers["adaptive"], numbers["bandit"]
     return [table(f"Final success, exact gradients; best attainable {optimum:.4f}", columns,
@@ -116,7 +123,7 @@ def tables(numbers: dict) -> list:
                    ["adaptive", f"{sum(bandit['adaptive']) / len(bandit['adaptive']):.3f}"]])]
 
 
-def figure(numbers: dict):
+def figure(numbers: Numbers) -> Figure:
     fig, (rate, stall, run_axis, bandit) = panels(4)
     optimum = numbers["optimum"]
     for name, values in numbers["curve"]["final"].items():

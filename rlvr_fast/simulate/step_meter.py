@@ -9,21 +9,26 @@ by GRPO from its own batch, so that in-sample estimates can be shown too.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from rlvr_fast.simulate import coverage
 from rlvr_fast.simulate.lines import break_even, first_loss, success
-from rlvr_fast.simulate.output import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Report, label, panels, table
+from rlvr_fast.simulate.output import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Numbers, Report, label, panels, table
 from rlvr_fast.simulate.problems import Bandit, Batch, Problem, sample
 from rlvr_fast.simulate.rules import Rule
 from rlvr_fast.simulate.runs import scan
 from rlvr_fast.step.directional_scores import DirectionalScores, directional_scores
 from rlvr_fast.step.measure import measure_step
 from rlvr_fast.step.meter import StepMeter
+from rlvr_fast.step.reading import StepReading
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
 
 Tensor = torch.Tensor
 N_PROMPTS, GROUP_SIZE, N_SMOOTHED = 64, 8, 5
@@ -111,7 +116,8 @@ def estimates(step: Step, generator: torch.Generator) -> tuple[dict[str, dict[st
     at_end = [scores(problem, theta + update, update, end) for end in ends]
     at_start = scores(problem, theta, update, held_out)
 
-    def read(smoothing: float, start: DirectionalScores | None, *measured: tuple[Batch, DirectionalScores]):
+    def read(smoothing: float, start: DirectionalScores | None, *measured: tuple[Batch, DirectionalScores]
+             ) -> StepReading:
         meter = StepMeter(smoothing=smoothing)
         if start is not None:
             meter.start(held_out.rollouts, start, held_out=True)
@@ -143,8 +149,9 @@ def estimates(step: Step, generator: torch.Generator) -> tuple[dict[str, dict[st
     return found, readings["meter"].verdict
 
 
-def cell(regime: str, fraction: float, seeds: int) -> dict:
-    rows, verdicts = {"peak": defaultdict(list), "break-even": defaultdict(list)}, defaultdict(int)
+def cell(regime: str, fraction: float, seeds: int) -> Numbers:
+    rows: dict[str, defaultdict[str, list[list[float]]]] = {"peak": defaultdict(list), "break-even": defaultdict(list)}
+    verdicts: Counter[str] = Counter()
     for seed in range(seeds):
         step = step_of(regime, fraction, seed)
         found, verdict = estimates(step, torch.Generator().manual_seed(seed))
@@ -176,7 +183,7 @@ def judge(found: Tensor) -> dict[str, float]:
             "given": len(value) / len(found)}
 
 
-def tables(numbers: dict) -> list:
+def tables(numbers: Numbers) -> list[Table]:
     cells, names = numbers["cells"], list(COLOURS)
     found = []
     for what in ("break-even", "peak"):
@@ -189,7 +196,7 @@ def tables(numbers: dict) -> list:
     return [*found, table("Verdict of the meter", ["regime, step", "safe", "near", "overshoot", "undetermined"], rows)]
 
 
-def _band(f: dict | None) -> str:
+def _band(f: dict[str, float] | None) -> str:
     if f is None or not f["given"]:
         return "" if f is None else "refused"
     covered = "" if math.isnan(f["coverage"]) else f" {f['coverage']:.2f}"
@@ -197,7 +204,7 @@ def _band(f: dict | None) -> str:
     return f"{f['median']:.2f} ({f['low']:.2f}–{f['high']:.2f}){covered}{given}"
 
 
-def figure(numbers: dict):
+def figure(numbers: Numbers) -> Figure:
     fig, (even, peak, cover, near) = panels(4, width=7.5)
     cells = numbers["cells"]
     for axis, what in ((even, "break-even"), (peak, "peak"), (cover, "coverage"), (near, "near")):

@@ -7,15 +7,21 @@ fraction of the break-even at every step, the threshold is sharp: below 1 a run 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from rlvr_fast.simulate.lines import break_even, derivatives, first_loss, gain, success
-from rlvr_fast.simulate.output import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Report, label, panels, table
+from rlvr_fast.simulate.output import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Numbers, Report, label, panels, table
 from rlvr_fast.simulate.problems import Bandit, SignTask, sample
 from rlvr_fast.simulate.rules import Rule
 from rlvr_fast.simulate.runs import fixed_rate, relative, scan
 from rlvr_fast.step.bounds import theorem_step_bound, token_step_bound
 from rlvr_fast.step.measure import measure_step
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
 
 TASK, THETA = SignTask(64, (4, 8, 12)), 0.06
 N_PROMPTS, GROUP_SIZE = 128, 64
@@ -36,7 +42,7 @@ def run(*, seeds: int = 20, quick: bool = False) -> Report:
     return Report("threshold", parameters, numbers, figure(numbers), tables(numbers))
 
 
-def one_step() -> dict:
+def one_step() -> Numbers:
     """Exact success after one step; the true break-even found by search, not by the formula it must equal."""
     theta = torch.tensor([THETA], dtype=torch.float64)
     direction = Rule("unit_norm").exact(TASK, theta)
@@ -49,7 +55,7 @@ def one_step() -> dict:
             "quadratic_break_even": float(-2 * slope / second) / true}
 
 
-def predictions(seeds: int) -> dict:
+def predictions(seeds: int) -> Numbers:
     """From rollouts, in multiples of the true break-even; one draw's curve for the figure."""
     theta = torch.tensor([THETA], dtype=torch.float64)
     update = 2 * THETA * Rule("unit_norm").exact(TASK, theta)
@@ -57,8 +63,8 @@ def predictions(seeds: int) -> dict:
     for seed in range(seeds):
         batch = sample(TASK, theta, N_PROMPTS, GROUP_SIZE, torch.Generator().manual_seed(seed))
         curve = scan(TASK, theta, update, batch, MULTIPLES)
-        step = measure_step(*(TASK.logp(theta + m * update, batch) for m in (0, 0.05)), batch.rollouts,
-                            logp_reverse=TASK.logp(theta - 0.05 * update, batch), in_sample=False)
+        before, after, reverse = (TASK.logp(theta + m * update, batch) for m in (0, 0.05, -0.05))
+        step = measure_step(before, after, batch.rollouts, logp_reverse=reverse, in_sample=False)
         scanned.append(float(curve.success_break_even))
         quadratic.append(0.05 * float(step.success_break_even))
         ess.append(float(curve.ess_fraction[4]))
@@ -68,7 +74,7 @@ def predictions(seeds: int) -> dict:
     return {"scan_break_even": scanned, "quadratic_break_even": quadratic, "ess_at_break_even": ess, "curve": shown}
 
 
-def certified() -> dict:
+def certified() -> Numbers:
     """Certified lengths in multiples of the true break-even, for the prompt with the middle margin."""
     task, theta = SignTask(TASK.length, TASK.margins[1:2]), torch.tensor([THETA], dtype=torch.float64)
     direction = Rule("unit_norm").exact(task, theta)
@@ -81,7 +87,7 @@ def certified() -> dict:
         "per token, refined": token_step_bound(alignment, rate, task.length, *token, refined=True)}.items()}
 
 
-def many_steps(fractions: torch.Tensor, n_steps: int) -> dict:
+def many_steps(fractions: torch.Tensor, n_steps: int) -> Numbers:
     """Success after many steps: each that fraction of its own break-even, or at that fraction of the first's rate.
 
     At a constant rate a run may end in a cycle around the optimum, so the mean over the last half is given.
@@ -96,7 +102,7 @@ def many_steps(fractions: torch.Tensor, n_steps: int) -> dict:
     return final
 
 
-def bandit_ratios(n_bandits: int) -> dict:
+def bandit_ratios(n_bandits: int) -> Numbers:
     """True break-even over Theorem 1's bound, single-prompt softmax bandits along random aligned directions."""
     generator = torch.Generator().manual_seed(1)
     ratios, rates = [], []
@@ -120,7 +126,7 @@ def _quantiles(values: list[float]) -> tuple[float, float, float]:
     return tuple(torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.05, 0.95]).double()).tolist())
 
 
-def tables(numbers: dict) -> list:
+def tables(numbers: Numbers) -> list[Table]:
     predicted, true = numbers["predicted"], numbers["one_step"]
     rows = [["true, found by search", 1.0, "", ""],
             ["predicted from rollouts, scan_step", *_quantiles(predicted["scan_break_even"])],
@@ -142,7 +148,7 @@ def tables(numbers: dict) -> list:
                     float(ratios.median())]])]
 
 
-def figure(numbers: dict):
+def figure(numbers: Numbers) -> Figure:
     fig, (one, far, many, bandits) = panels(4)
     exact, predicted = numbers["one_step"], numbers["predicted"]
     curve = predicted["curve"]

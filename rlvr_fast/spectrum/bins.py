@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from rlvr_fast.synthetic import whole
 
 MEASURED = ("success_rate", "length")
 MOST_BINS = 10  # of as many distinct difficulties each is a bin of its own; more are cut at quantiles
-Label = Hashable
+Label = float | str
 
 
 def difficulties(difficulty: object, groups: Groups, sizes: Sequence[int]) -> list[Label]:
@@ -54,7 +55,7 @@ def difficulties(difficulty: object, groups: Groups, sizes: Sequence[int]) -> li
                 raise ValueError(f"difficulty must be the same wherever a prompt occurs, got {found[prompt]!r} and "
                                  f"{value!r} for prompt {groups.prompt_ids[prompt]!r}: give prompts ids that name them "
                                  "(group_size= numbers them anew in every batch)")
-    return [found[prompt] for prompt in range(groups.n_prompts)]
+    return _checked([found[prompt] for prompt in range(groups.n_prompts)])  # all alike in every part, too
 
 
 def _is_list_of_parts(difficulty: object, sizes: Sequence[int]) -> bool:
@@ -62,7 +63,7 @@ def _is_list_of_parts(difficulty: object, sizes: Sequence[int]) -> bool:
             and not isinstance(difficulty[0], str))
 
 
-def _checked(values: Sequence) -> list[Label]:
+def _checked(values: Iterable[Any]) -> list[Label]:
     """All numbers (finite, as floats or ints) or all strings."""
     values = [value.item() if hasattr(value, "item") else value for value in values]
     strings = sum(isinstance(value, str) for value in values)
@@ -82,21 +83,23 @@ def cut(values: Sequence[Label], bins: int | Sequence[float] | None
     Labels in order of first appearance are bins as they are. Numbers are, in ascending order, bins of their own if
     they are few, or intervals [a, b), the last one [a, b], labelled "a to b"; intervals without a prompt are left out.
     """
-    if values and isinstance(values[0], str):
+    texts = [value for value in values if isinstance(value, str)]
+    numbers = [value for value in values if not isinstance(value, str)]
+    if texts:
         if bins is not None:
             raise ValueError(f"bins must be None for difficulties that are labels, got {check.describe(bins)}")
-        labels = tuple(dict.fromkeys(values))
-        return [labels.index(value) for value in values], labels, [math.nan] * len(labels)
-    distinct = sorted(set(values))
+        labels = tuple(dict.fromkeys(texts))
+        return [labels.index(value) for value in texts], labels, [math.nan] * len(labels)
+    distinct = sorted(set(numbers))
     if bins is None and len(distinct) <= MOST_BINS:
-        return [distinct.index(value) for value in values], tuple(distinct), [float(value) for value in distinct]
-    edges = _edges(values, MOST_BINS if bins is None else bins)
-    index = (torch.bucketize(torch.tensor(values, dtype=torch.float64), torch.tensor(edges[1:-1], dtype=torch.float64),
-                             right=True)).tolist() if values else []
+        return [distinct.index(value) for value in numbers], tuple(distinct), [float(value) for value in distinct]
+    edges = _edges(numbers, MOST_BINS if bins is None else bins)
+    index = torch.bucketize(torch.tensor(numbers, dtype=torch.float64), torch.tensor(edges[1:-1], dtype=torch.float64),
+                            right=True).tolist() if numbers else []
     used = sorted(set(index))
     labels = tuple(f"{edges[which]:g} to {edges[which + 1]:g}" for which in used)
     index = [used.index(which) for which in index]
-    centres = [math.fsum(value for value, own in zip(values, index, strict=True) if own == which) / index.count(which)
+    centres = [math.fsum(value for value, own in zip(numbers, index, strict=True) if own == which) / index.count(which)
                for which in range(len(used))]
     return index, labels, centres
 
@@ -106,10 +109,10 @@ def _edges(values: Sequence[float], bins: int | Sequence[float]) -> list[float]:
     if isinstance(bins, torch.Tensor):
         bins = bins.tolist()
     if isinstance(bins, str | bytes) or not isinstance(bins, Sequence):
-        whole("bins", bins)
+        n_bins = whole("bins", bins)
         if not values:
             return [0.0, 0.0]
-        cuts = torch.tensor(values, dtype=torch.float64).quantile(torch.linspace(0, 1, bins + 1, dtype=torch.float64))
+        cuts = torch.tensor(values, dtype=torch.float64).quantile(torch.linspace(0, 1, n_bins + 1, dtype=torch.float64))
         edges = cuts.unique().tolist()
         return edges if len(edges) > 1 else edges * 2
     edges = [check.real("bins", edge) for edge in bins]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -60,7 +61,7 @@ class DifficultySpectrum:
             return None
         return smoothness(self.labels, self.centres, self.bins, self.thresholds.visible)
 
-    def mixture(self, *, allocation: str | None = None, base: Mapping[Hashable, float] | None = None,
+    def mixture(self, *, allocation: str | None = None, base: Mapping[Any, float] | None = None,
                 floor: float = 0.1) -> Mixture:
         """Sampling probabilities π of the bins: (1 − floor) · q √(s/c) / Σ q √(s/c) + floor · q.
 
@@ -114,7 +115,7 @@ class DifficultySpectrum:
 
 
 def difficulty_spectrum(gap: Gap | ModelGapResult | Sequence[Gap | ModelGapResult],
-                        difficulty: str | torch.Tensor | Sequence | Mapping, *,
+                        difficulty: str | torch.Tensor | Sequence[Any] | Mapping[Any, float | str], *,
                         bins: int | Sequence[float] | None = None,
                         rollouts: Rollouts | Sequence[Rollouts] | None = None, estimator: str = "grpo",
                         confidence: float = 0.95, correction: str = "benjamini-hochberg", mastered: float = 0.9,
@@ -135,8 +136,9 @@ def difficulty_spectrum(gap: Gap | ModelGapResult | Sequence[Gap | ModelGapResul
             prompts; None makes each distinct number a bin, up to 10, else 10 bins. Strings are bins.
         rollouts: those that the gaps were measured on, for costs and lengths. A ModelGapResult knows its own.
         estimator: grpo, grpo_population_std, dr_grpo, rloo or maxrl: whose κ weighs the gaps, with its default eps.
-        confidence: of every interval, and 1 − the error rate of the tests after ``correction`` for their number, over
-            prompts and over bins: "benjamini-hochberg" (false discovery rate), "holm" (any false one) or "none".
+        confidence: of every interval, and 1 − the error rate of the tests, over prompts and over bins.
+        correction: of the tests for their number: "benjamini-hochberg" (false discovery rate), "holm" (any false one)
+            or "none".
         mastered: success rate that the whole interval must exceed. visible: success rate that it must stay below where
             no success was seen, to be out of reach: 0 of 73 rollouts stay below 0.05.
         negligible: squared gap norm too small to learn from, for lucky guesses; by default half the median of those at

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from rlvr_fast.spectrum.groups import Groups
+from rlvr_fast.spectrum.groups import GroupResponses, Groups
 from rlvr_fast.spectrum.significance import adjust, p_value, relabel, shared_p_value
+from rlvr_fast.spectrum.success_rates import binned, effective_rollouts, wilson
 
-MASTERED, EDGE, LUCKY, OUT_OF_REACH, UNDETERMINED = (
+VERDICTS = MASTERED, EDGE, LUCKY, OUT_OF_REACH, UNDETERMINED = (
     "mastered", "edge", "lucky guess", "out of reach", "undetermined")
-VERDICTS = (MASTERED, EDGE, LUCKY, OUT_OF_REACH, UNDETERMINED)
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,16 @@ class PromptEvidence:
     p_value: of the permutation test for no gap; p_adjusted: corrected over the prompts that have one. verdict: P words.
     """
 
-    bin: torch.Tensor
-    n: torch.Tensor
-    n_correct: torch.Tensor
-    success_rate: torch.Tensor
-    low: torch.Tensor
-    high: torch.Tensor
-    norm_sq: torch.Tensor
-    stderr: torch.Tensor
-    p_value: torch.Tensor
-    p_adjusted: torch.Tensor
+    bin: Tensor
+    n: Tensor
+    n_correct: Tensor
+    success_rate: Tensor
+    low: Tensor
+    high: Tensor
+    norm_sq: Tensor
+    stderr: Tensor
+    p_value: Tensor
+    p_adjusted: Tensor
     verdict: tuple[str, ...]
 
 
@@ -75,63 +76,37 @@ class BinEvidence:
     p_adjusted: of the shared test where there are vectors, else of the permutation test. verdict: B words.
     """
 
-    n_prompts: torch.Tensor
-    n_groups: torch.Tensor
-    n: torch.Tensor
-    n_correct: torch.Tensor
-    success_rate: torch.Tensor
-    low: torch.Tensor
-    high: torch.Tensor
-    norm_sq: torch.Tensor
-    stderr: torch.Tensor
-    p_value: torch.Tensor
-    shared_norm_sq: torch.Tensor
-    shared_stderr: torch.Tensor
-    shared_p_value: torch.Tensor
-    signal: torch.Tensor
-    signal_stderr: torch.Tensor
-    shared_signal: torch.Tensor
-    shared_signal_stderr: torch.Tensor
-    second_moment: torch.Tensor
-    signal_share: torch.Tensor
-    batch_share: torch.Tensor
-    noise: torch.Tensor
-    tokens: torch.Tensor
-    p_adjusted: torch.Tensor
+    n_prompts: Tensor
+    n_groups: Tensor
+    n: Tensor
+    n_correct: Tensor
+    success_rate: Tensor
+    low: Tensor
+    high: Tensor
+    norm_sq: Tensor
+    stderr: Tensor
+    p_value: Tensor
+    shared_norm_sq: Tensor
+    shared_stderr: Tensor
+    shared_p_value: Tensor
+    signal: Tensor
+    signal_stderr: Tensor
+    shared_signal: Tensor
+    shared_signal_stderr: Tensor
+    second_moment: Tensor
+    signal_share: Tensor
+    batch_share: Tensor
+    noise: Tensor
+    tokens: Tensor
+    p_adjusted: Tensor
     verdict: tuple[str, ...]
 
     @property
-    def cost(self) -> torch.Tensor:
+    def cost(self) -> Tensor:
         return self.tokens / self.n
 
 
-def wilson(n_correct: torch.Tensor, n: torch.Tensor, z: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Wilson interval of a success rate; (0, 1) without rollouts. ``n`` need not be whole."""
-    spread = torch.sqrt(n_correct * (1 - n_correct / n.clamp(min=1e-300)) + z * z / 4) * z
-    low, high = ((n_correct + z * z / 2 + sign * spread) / (n + z * z) for sign in (-1, 1))
-    # the ends are exact, whatever rounding says
-    return torch.where(n_correct == 0, 0.0, low), torch.where(n_correct == n, 1.0, high)
-
-
-def effective_rollouts(n_correct: torch.Tensor, n: torch.Tensor, bin_of: torch.Tensor, n_bins: int) -> torch.Tensor:
-    """[B] rollouts over the design effect: variance of the pooled rate between prompts over the binomial one, >= 1.
-
-    [Kish 1965.] A bin of one prompt speaks of that prompt: design effect 1.
-
-    Args:
-        n_correct, n, bin_of: [P] per prompt.
-    """
-    def total(values):
-        return values.new_zeros(n_bins).index_add(0, bin_of, values)
-
-    total_n, clusters = total(n), total(torch.ones_like(n))
-    rate = total(n_correct) / total_n
-    between = total((n_correct - rate[bin_of] * n).square()) * clusters / (clusters - 1).clamp(min=1)
-    effect = between / (rate * (1 - rate) * total_n)
-    return total_n / torch.where(clusters > 1, effect, 1.0).nan_to_num(1.0).clamp(min=1.0)
-
-
-def weigh(groups: Groups, bin_of: torch.Tensor, n_bins: int, thresholds: Thresholds, n_permutations: int,
+def weigh(groups: Groups, bin_of: Tensor, n_bins: int, thresholds: Thresholds, n_permutations: int,
           seed: int) -> tuple[PromptEvidence, BinEvidence]:
     """The evidence of all prompts and bins. ``bin_of``: [P] int64."""
     generator = torch.Generator().manual_seed(seed)
@@ -140,22 +115,23 @@ def weigh(groups: Groups, bin_of: torch.Tensor, n_bins: int, thresholds: Thresho
     return prompts, _bins(groups, bin_of, n_bins, prompts, within, thresholds, n_permutations, generator)
 
 
-def _permutation_tests(groups, bin_of, n_bins, n_permutations, generator) -> tuple[torch.Tensor, torch.Tensor]:
+def _permutation_tests(groups: Groups, bin_of: Tensor, n_bins: int, n_permutations: int,
+                       generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """p-values [P] and [B]; NaN without a group of both classes whose Gram matrix is known.
 
     Groups are joined by the sum of their standardised statistics, each relabelled by itself.
     """
-    members = [[] for _ in range(groups.n_prompts)]
-    for group, prompt in enumerate(groups.prompt.tolist()):
-        if groups.grams[group] is not None and 0 < groups.n_correct[group] < groups.n[group]:
-            members[prompt].append(group)
+    members: list[list[GroupResponses]] = [[] for _ in range(groups.n_prompts)]
+    for prompt, one, k, n in zip(groups.prompt.tolist(), groups.responses, groups.n_correct, groups.n, strict=True):
+        if one is not None and 0 < k < n:
+            members[prompt].append(one)
     own = torch.full((groups.n_prompts,), torch.nan, dtype=torch.float64)
     within = torch.full((n_bins,), torch.nan, dtype=torch.float64)
     observed, null = torch.zeros(n_bins, dtype=torch.float64), torch.zeros(n_bins, n_permutations, dtype=torch.float64)
     for prompt, (its_groups, its_bin) in enumerate(zip(members, bin_of.tolist(), strict=True)):
         if not its_groups:
             continue
-        relabelled = [relabel(groups.grams[g], groups.correct[g], n_permutations, generator) for g in its_groups]
+        relabelled = [relabel(one.gram, one.correct, n_permutations, generator) for one in its_groups]
         total = sum(one.observed for one in relabelled)
         draws = torch.stack([one.draws(n_permutations, generator) for one in relabelled]).sum(0)
         own[prompt] = relabelled[0].p_value if len(relabelled) == 1 else p_value(total, draws)
@@ -167,7 +143,7 @@ def _permutation_tests(groups, bin_of, n_bins, n_permutations, generator) -> tup
     return own, within
 
 
-def _prompts(groups: Groups, bin_of, p_values, thresholds) -> PromptEvidence:
+def _prompts(groups: Groups, bin_of: Tensor, p_values: Tensor, thresholds: Thresholds) -> PromptEvidence:
     n, n_correct = groups.per_prompt(groups.n), groups.per_prompt(groups.n_correct)
     low, high = wilson(n_correct, n, thresholds.z)
     known = groups.norm_sq.isfinite().double()
@@ -179,13 +155,11 @@ def _prompts(groups: Groups, bin_of, p_values, thresholds) -> PromptEvidence:
     return PromptEvidence(bin_of, n, n_correct, n_correct / n, low, high, norm_sq, stderr, p_values, adjusted, verdict)
 
 
-def _bins(groups: Groups, bin_of, n_bins, prompts: PromptEvidence, within, thresholds, n_permutations,
-          generator) -> BinEvidence:
+def _bins(groups: Groups, bin_of: Tensor, n_bins: int, prompts: PromptEvidence, within: Tensor, thresholds: Thresholds,
+          n_permutations: int, generator: torch.Generator) -> BinEvidence:
     group_bin = bin_of[groups.prompt]
 
-    def total(values, of=group_bin):
-        return values.new_zeros(n_bins).index_add(0, of, values)
-
+    total = binned(group_bin, n_bins)
     n, n_correct = total(groups.n), total(groups.n_correct)
     effective = effective_rollouts(prompts.n_correct, prompts.n, bin_of, n_bins)
     low, high = wilson(n_correct / n * effective, effective, thresholds.z)
@@ -221,16 +195,17 @@ def _bins(groups: Groups, bin_of, n_bins, prompts: PromptEvidence, within, thres
     decided = (norm_sq, stderr) if groups.products is None else shared
     adjusted = adjust(deciding, thresholds.correction)
     verdict = verdicts(n_correct, low, high, *decided, adjusted, thresholds)
-    return BinEvidence(total(torch.ones_like(prompts.n), bin_of), total(torch.ones_like(groups.n)), n, n_correct,
-                       n_correct / n, low, high, norm_sq, stderr, within, *shared, shared_p, signal, signal_stderr,
-                       *shared_signal, second_moment, energy / energy.sum(), batch_share,
-                       _noise(groups, group_bin, n_bins), total(groups.tokens), adjusted, verdict)
+    n_prompts = binned(bin_of, n_bins)(torch.ones_like(prompts.n))
+    return BinEvidence(n_prompts, total(torch.ones_like(groups.n)), n, n_correct, n_correct / n, low, high, norm_sq,
+                       stderr, within, *shared, shared_p, signal, signal_stderr, *shared_signal, second_moment,
+                       energy / energy.sum(), batch_share, _noise(groups, group_bin, n_bins), total(groups.tokens),
+                       adjusted, verdict)
 
 
-def _mean(values, stderr, known, group_bin, n_bins) -> tuple[torch.Tensor, torch.Tensor]:
+def _mean(values: Tensor, stderr: Tensor, known: Tensor, group_bin: Tensor, n_bins: int) -> tuple[Tensor, Tensor]:
     """Mean of the known values of each bin and its error: between groups, or a single group's own. [B] each."""
-    def total(x):
-        return x.new_zeros(n_bins).index_add(0, group_bin, torch.where(known, x, 0.0))
+    def total(x: Tensor) -> Tensor:
+        return binned(group_bin, n_bins)(torch.where(known, x, 0.0))
 
     count = total(torch.ones_like(values))
     mean = total(values) / count
@@ -238,7 +213,8 @@ def _mean(values, stderr, known, group_bin, n_bins) -> tuple[torch.Tensor, torch
     return mean, torch.where(count > 1, between, total(stderr) / count)
 
 
-def _shared(paired, factor, counted, groups: Groups, group_bin, n_bins) -> tuple[torch.Tensor, torch.Tensor]:
+def _shared(paired: Tensor, factor: Tensor, counted: Tensor, groups: Groups, group_bin: Tensor,
+            n_bins: int) -> tuple[Tensor, Tensor]:
     """‖mean of factor · gap‖² per bin from pairs of different prompts, and its jackknife error [derived].
 
     θ = Σ_{p≠q} f_p f_q ⟨gap_p, gap_q⟩ / number of such pairs. Products of different prompts have independent noise:
@@ -261,22 +237,23 @@ def _shared(paired, factor, counted, groups: Groups, group_bin, n_bins) -> tuple
     return result[0], result[1]
 
 
-def _noise(groups: Groups, group_bin, n_bins) -> torch.Tensor:
+def _noise(groups: Groups, group_bin: Tensor, n_bins: int) -> Tensor:
     """tr Σ within prompt and class, pooled over the groups whose Gram matrix is known."""
     spread, freedom = torch.zeros(n_bins, dtype=torch.float64), torch.zeros(n_bins, dtype=torch.float64)
-    for its_bin, gram, correct in zip(group_bin.tolist(), groups.grams, groups.correct, strict=True):
-        if gram is None:
+    for its_bin, responses in zip(group_bin.tolist(), groups.responses, strict=True):
+        if responses is None:
             continue
-        for chosen in (correct, ~correct):
+        for chosen in (responses.correct, ~responses.correct):
             size = int(chosen.sum())
             if size > 1:
-                own = gram[chosen][:, chosen]
+                own = responses.gram[chosen][:, chosen]
                 spread[its_bin] += (own.diagonal().sum() - own.sum() / size).clamp(min=0.0)
                 freedom[its_bin] += size - 1
     return spread / torch.where(freedom > 0, freedom, torch.nan)
 
 
-def verdicts(n_correct, low, high, norm_sq, stderr, p_adjusted, thresholds: Thresholds) -> tuple[str, ...]:
+def verdicts(n_correct: Tensor, low: Tensor, high: Tensor, norm_sq: Tensor, stderr: Tensor, p_adjusted: Tensor,
+             thresholds: Thresholds) -> tuple[str, ...]:
     """One word for each prompt or bin, from the first of these that holds:
 
     * mastered: the success interval lies above ``mastered``.

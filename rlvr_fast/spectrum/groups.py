@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +15,13 @@ from rlvr_fast.gap import Gap
 from rlvr_fast.kappa import kappa
 from rlvr_fast.model_gap.result import ModelGapResult
 from rlvr_fast.rollouts import Rollouts
+
+
+class GroupResponses(NamedTuple):
+    """The responses of one group: their Gram matrix [n, n] and their verdicts [n] bool, on the host."""
+
+    gram: torch.Tensor
+    correct: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +36,7 @@ class Groups:
         kappa: [Q] factor of the gap in the group's mean of A_i s_i.
         weight: [Q] factor of the gap in the step's gradient, the mean of A_i s_i over its responses.
         tokens: [Q] tokens of the group's responses, NaN if not known.
-        grams, correct: per group the Gram matrix [n, n] and the verdicts [n] bool of its responses, None if not known.
+        responses: per group what is known of its responses, None if nothing.
         products: [Q, Q] ⟨ĝap_p, ĝap_q⟩, 0 where undefined and between steps; None without vectors.
         across_steps: groups of different steps may be paired, and have products.
     """
@@ -44,8 +52,7 @@ class Groups:
     kappa: torch.Tensor
     weight: torch.Tensor
     tokens: torch.Tensor
-    grams: tuple[torch.Tensor | None, ...]
-    correct: tuple[torch.Tensor | None, ...]
+    responses: tuple[GroupResponses | None, ...]
     products: torch.Tensor | None
     across_steps: bool
 
@@ -60,12 +67,13 @@ class Groups:
 
 def checked_gaps(gap: object) -> list[Gap | ModelGapResult]:
     """One gap or a sequence of them, as a list."""
-    gaps = list(gap) if isinstance(gap, Sequence) else [gap]
-    if not gaps:
-        raise ValueError("gap must hold at least one Gap or ModelGapResult, got an empty sequence")
-    for one in gaps:
+    gaps: list[Gap | ModelGapResult] = []
+    for one in gap if isinstance(gap, Sequence) else [gap]:
         if not isinstance(one, Gap | ModelGapResult):
             raise TypeError(f"gap must be a Gap, a ModelGapResult or a sequence of them, got {check.describe(one)}")
+        gaps.append(one)
+    if not gaps:
+        raise ValueError("gap must hold at least one Gap or ModelGapResult, got an empty sequence")
     kinds = sorted({(one.level, one.length_norm) for one in gaps})
     if len(kinds) > 1:
         raise ValueError(f"gap must hold gaps of one level and length_norm, got {kinds}")
@@ -76,16 +84,19 @@ def gather(gaps: Sequence[Gap | ModelGapResult], rollouts: Sequence[Rollouts] | 
            across_steps: bool) -> Groups:
     """The groups of all gaps. A prompt that occurs in several of them is one prompt with a group in each."""
     numbers: dict[Hashable, int] = {}
-    prompt, part, columns, grams, correct = [], [], [], [], []
+    prompt: list[int] = []
+    part: list[int] = []
+    columns: list[torch.Tensor] = []
+    responses: list[GroupResponses | None] = []
     for step, gap in enumerate(gaps):
         prompt += [numbers.setdefault(identity, len(numbers)) for identity in gap.prompt_ids]
         part += [step] * len(gap.prompt_ids)
         columns.append(_columns(gap, None if rollouts is None else rollouts[step], estimator))
-        own_grams, own_correct = _responses(gap)
-        grams += own_grams
-        correct += own_correct
+        responses += _responses(gap)
+    n_correct, n, norm_sq, stderr, bias, factor, weight, tokens = torch.cat(columns, 1)
     return Groups(tuple(numbers), torch.tensor(prompt, dtype=torch.int64), torch.tensor(part, dtype=torch.int64),
-                  *torch.cat(columns, 1), tuple(grams), tuple(correct), _all_products(gaps, across_steps), across_steps)
+                  n_correct, n, norm_sq, stderr, bias, factor, weight, tokens, tuple(responses),
+                  _all_products(gaps, across_steps), across_steps)
 
 
 def _columns(gap: Gap | ModelGapResult, rollouts: Rollouts | None, estimator: str) -> torch.Tensor:
@@ -105,25 +116,23 @@ def _columns(gap: Gap | ModelGapResult, rollouts: Rollouts | None, estimator: st
     return torch.stack([n_correct, n, norm_sq, stderr, bias, factor, factor * n / n.sum().clamp(min=1), tokens])
 
 
-def _responses(gap: Gap | ModelGapResult) -> tuple[list, list]:
-    """Per prompt the Gram matrix and the verdicts of its responses on the host; None where they are not known."""
+def _responses(gap: Gap | ModelGapResult) -> list[GroupResponses | None]:
+    """Per prompt what is known of its responses."""
     measured = gap.measured if isinstance(gap, ModelGapResult) else gap
     if measured.gradients is None and measured.summed_grams is None:
-        return [None] * len(gap.prompt_ids), [None] * len(gap.prompt_ids)
+        return [None] * len(gap.prompt_ids)
     responses = measured.moments.responses
-    known = zip((gram.detach().double().cpu() for gram in measured.gram),
-                (responses.correct[index].cpu() for index in responses.by_prompt(measured.sizes)), strict=True)
+    known = (GroupResponses(gram.detach().double().cpu(), responses.correct[index].cpu())
+             for gram, index in zip(measured.gram, responses.by_prompt(measured.sizes), strict=True))
     if not isinstance(gap, ModelGapResult):
-        known = list(known)
-    else:
-        known = [next(known) if yes else (None, None) for yes in gap.measured_prompts.tolist()]
-    return [gram for gram, _ in known], [verdicts for _, verdicts in known]
+        return list(known)
+    return [next(known) if yes else None for yes in gap.measured_prompts.tolist()]
 
 
 def _all_products(gaps: Sequence[Gap | ModelGapResult], across_steps: bool) -> torch.Tensor | None:
     """[Q, Q] as in Groups; the vectors of all steps are in one set of coordinates if they are to be paired."""
-    vectors = [gap.vector for gap in gaps]
-    if any(vector is None for vector in vectors):
+    vectors = [vector for gap in gaps if (vector := gap.vector) is not None]
+    if len(vectors) < len(gaps):
         return None
     if not across_steps:
         n_groups = sum(map(len, vectors))

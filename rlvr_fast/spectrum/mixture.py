@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rlvr_fast import _validate as check
+
+if TYPE_CHECKING:
+    from rlvr_fast.spectrum.difficulty_spectrum import DifficultySpectrum
 
 ALLOCATIONS = ("shared", "own", "noise", "success")
 
@@ -60,7 +64,8 @@ def allocate(score: torch.Tensor, cost: torch.Tensor, base: torch.Tensor, floor:
     return (1 - floor) * weight / weight.sum() + floor * base
 
 
-def mixture(spectrum, *, allocation: str | None, base: Mapping[Hashable, float] | None, floor: float) -> Mixture:
+def mixture(spectrum: DifficultySpectrum, *, allocation: str | None, base: Mapping[Any, float] | None, floor: float
+            ) -> Mixture:
     """What ``DifficultySpectrum.mixture`` returns."""
     bins = spectrum.bins
     with_vectors = spectrum.has_vectors
@@ -86,7 +91,8 @@ def mixture(spectrum, *, allocation: str | None, base: Mapping[Hashable, float] 
     return Mixture(labels, allocate(everywhere, price, share, floor), share)
 
 
-def _base(measured: tuple, base: Mapping[Hashable, float] | None) -> tuple[tuple, torch.Tensor]:
+def _base(measured: tuple[Hashable, ...], base: Mapping[Any, float] | None
+          ) -> tuple[tuple[Hashable, ...], torch.Tensor]:
     """(labels, base shares that sum to 1)."""
     if base is None:
         if not measured:

@@ -39,8 +39,8 @@ class SpectrumSampler(Sampler[int]):
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
 
-    def __init__(self, bins: Mapping[Hashable, Sequence[int]], *, batch_size: int, n_batches: int,
-                 mixture: Mixture | Mapping[Hashable, float] | None = None, group_size: int = 1, seed: int = 0,
+    def __init__(self, bins: Mapping[Any, Sequence[int]], *, batch_size: int, n_batches: int,
+                 mixture: Mixture | Mapping[Any, float] | None = None, group_size: int = 1, seed: int = 0,
                  rank: int = 0, world_size: int = 1) -> None:
         self._bins = _checked_bins(bins)
         self._n_batches, self._group_size = whole("n_batches", n_batches), whole("group_size", group_size)
@@ -62,7 +62,7 @@ class SpectrumSampler(Sampler[int]):
         """Label -> probability, as set last."""
         return dict(zip(self._bins, self._probability.tolist(), strict=True))
 
-    def update(self, mixture: Mixture | Mapping[Hashable, float]) -> None:
+    def update(self, mixture: Mixture | Mapping[Any, float]) -> None:
         """New weights, from the next batch that is drawn.
 
         Args:
@@ -154,7 +154,8 @@ def _checked_bins(bins: object) -> dict[Hashable, tuple[int, ...]]:
         raise TypeError(f"bins must be a mapping from label to indices, got {check.describe(bins)}")
     if not bins:
         raise ValueError("bins must hold at least one bin, got none")
-    result, seen = {}, set()
+    result: dict[Hashable, tuple[int, ...]] = {}
+    seen: set[int] = set()
     for label, indices in bins.items():
         name = f"bins[{label!r}]"
         indices = indices.tolist() if hasattr(indices, "tolist") else indices

@@ -89,12 +89,11 @@ def studentised_gap_sq(gram: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
     cross = rows - correct_sq
     own = labels @ diagonal
     sizes = (n_correct, n - n_correct)
-    noise = [((q - s / size) / (size - 1)).clamp(min=0.0) if size > 1 else None
-             for q, s, size in zip((own, diagonal.sum() - own), square, sizes, strict=True)]
-    noise = [part if part is not None else other for part, other in zip(noise, reversed(noise), strict=True)]
-    if noise[0] is None:
+    known = [((q - s / size) / (size - 1)).clamp(min=0.0)
+             for q, s, size in zip((own, diagonal.sum() - own), square, sizes, strict=True) if size > 1]
+    if not known:
         return torch.zeros_like(rows)
-    noise = noise[0] / sizes[0] + noise[1] / sizes[1]
+    noise = known[0] / sizes[0] + known[-1] / sizes[1]  # with a single one known, both are it
     plug_in = square[0] / sizes[0] ** 2 + square[1] / sizes[1] ** 2 - 2 * cross / (sizes[0] * sizes[1])
     least = 1e-12 * diagonal.mean()  # classes without any spread: a large number instead of a division by 0
     return (plug_in - noise) / (noise + least) if least > 0 else torch.zeros_like(rows)

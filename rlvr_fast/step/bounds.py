@@ -11,6 +11,8 @@ Both bound the length η of a step η·w with ‖w‖ ≤ 1. For an update Δ, w
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 
 from rlvr_fast import _validate as check
@@ -18,6 +20,13 @@ from rlvr_fast import _validate as check
 Real = float | torch.Tensor
 
 
+@overload
+def theorem_step_bound(alignment: float, score_norm: float, score_lipschitz: float, *, tight: bool = ...) -> float: ...
+@overload
+def theorem_step_bound(alignment: torch.Tensor, score_norm: Real, score_lipschitz: Real, *, tight: bool = ...
+                       ) -> torch.Tensor: ...
+@overload
+def theorem_step_bound(alignment: Real, score_norm: Real, score_lipschitz: Real, *, tight: bool = ...) -> Real: ...
 def theorem_step_bound(alignment: Real, score_norm: Real, score_lipschitz: Real, *, tight: bool = False) -> Real:
     """Theorem 1: η ≤ [Δμ]₊ / (2(L_o + 8 G_o²)). [paper A, quoted second-hand]
 
@@ -44,6 +53,15 @@ def theorem_step_bound(alignment: Real, score_norm: Real, score_lipschitz: Real,
     return bound.item() if numbers else bound
 
 
+@overload
+def token_step_bound(alignment: float, success_rate: float, length: float, token_norm: float, token_lipschitz: float, *,
+                     refined: bool = ...) -> float: ...
+@overload
+def token_step_bound(alignment: torch.Tensor, success_rate: Real, length: Real, token_norm: Real, token_lipschitz: Real,
+                     *, refined: bool = ...) -> torch.Tensor: ...
+@overload
+def token_step_bound(alignment: Real, success_rate: Real, length: Real, token_norm: Real, token_lipschitz: Real, *,
+                     refined: bool = ...) -> Real: ...
 def token_step_bound(alignment: Real, success_rate: Real, length: Real, token_norm: Real, token_lipschitz: Real, *,
                      refined: bool = False) -> Real:
     """Per-token form: η ≲ (1 − J)[Δμ]₊ / (T(G_p² + L_p)). [derived]
@@ -92,7 +110,7 @@ def _operands(**arguments: tuple[Real, str]) -> tuple[list[torch.Tensor], bool]:
     device = next((value.device for value in tensors.values() if value.ndim), None)
     operands = []
     for name, (value, condition) in arguments.items():
-        if name in tensors:
+        if isinstance(value, torch.Tensor):
             if value.is_complex() or value.dtype == torch.bool:
                 raise TypeError(f"{name} must hold real numbers, got {check.describe(value)}")
             if device is not None and value.device != device and (value.ndim or value.device.type != "cpu"):

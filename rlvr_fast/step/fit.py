@@ -58,8 +58,8 @@ class StepFit:
 
     def evaluate(self, row: Sequence[float]) -> tuple[float, float]:
         """Value and standard error of a linear combination."""
-        row = torch.tensor(row, dtype=torch.float64)
-        return float(row @ self.coefficients), math.sqrt(max(0.0, float(row @ self.covariance @ row)))
+        weights = torch.tensor(row, dtype=torch.float64)
+        return float(weights @ self.coefficients), math.sqrt(max(0.0, float(weights @ self.covariance @ weights)))
 
     def peak(self, z: float) -> Crossing:
         """Where J′ falls below zero."""

@@ -15,7 +15,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -158,6 +158,7 @@ class StepGuard(torch.optim.Optimizer):
 
         Args:
             logp_fn: the log-probs of the rollouts' tokens under the parameters as they are; called again in ``step``.
+            rollouts: those rollouts.
             logp: what it would return now, if the loop has it.
         """
         if self.mode != "backtrack":
@@ -274,10 +275,11 @@ class StepGuard(torch.optim.Optimizer):
             raise AttributeError(name)
         return getattr(self.inner, name)
 
-    param_groups = property(lambda self: self.inner.param_groups,
-                            lambda self, groups: setattr(self.inner, "param_groups", groups))
-    state = property(lambda self: self.inner.state, lambda self, state: setattr(self.inner, "state", state))
-    defaults = property(lambda self: self.inner.defaults)
+    if not TYPE_CHECKING:  # a type checker takes them from the base class
+        param_groups = property(lambda self: self.inner.param_groups,
+                                lambda self, groups: setattr(self.inner, "param_groups", groups))
+        state = property(lambda self: self.inner.state, lambda self, state: setattr(self.inner, "state", state))
+        defaults = property(lambda self: self.inner.defaults)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.inner.zero_grad(set_to_none)

@@ -45,7 +45,7 @@ class StepLine:
         return function()
 
     @torch.no_grad()
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for parameter, start in zip(self._parameters, self._saved, strict=True):
             parameter.copy_(start)
         self._saved = []

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -200,7 +201,7 @@ class StepMeter:
             n_responses=end.total("responses"), scarcer=min(scarcer, reachable),
             ess_fraction=end.ess_fraction if self._looked_back else NAN,
             theorem_bound=theorem, token_bound=token, verdict=verdict, reason=reason, in_sample=self._in_sample,
-            bins=tuple(self._bin(i, unit) for i in range(self.n_bins)), prompts=self._prompts)
+            bins=tuple(self._bin(self._end, i, unit) for i in range(self.n_bins)), prompts=self._prompts)
 
     def _verdict(self, fit: StepFit | None, end: SumsRow, realised: bool, gone: bool) -> tuple[str, str]:
         if end.n_prompts < 2:
@@ -237,8 +238,8 @@ class StepMeter:
         return (theorem_step_bound(alignment, score * scale, lipschitz * scale ** 2),
                 token_step_bound(alignment, end.success, length, token * scale, token_lipschitz * scale ** 2))
 
-    def _bin(self, i: int, unit: float) -> BinReading:
-        side = SumsRow(self._end, unit, row=i)
+    def _bin(self, end: StepSums, i: int, unit: float) -> BinReading:
+        side = SumsRow(end, unit, row=i)
         slope, slope_stderr = side.figure("slope")
         bend, bend_stderr = side.figure("curvature")
         start = slope - bend * side.length if side.n_prompts else NAN
@@ -248,14 +249,14 @@ class StepMeter:
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """What later readings depend on, but not the last batch's figures per prompt and its constants; on the CPU."""
         return {"version": 1, "n_bins": self.n_bins, "length": self._length, "in_sample": self._in_sample,
                 "pending_in_sample": self._pending_in_sample, "looked_back": self._looked_back,
                 **{name: None if sums is None else [x.cpu() for x in (sums.first, sums.second, sums.totals)]
                    for name, sums in (("start", self._start), ("pending", self._pending), ("end", self._end))}}
 
-    def load_state_dict(self, state: dict[str, object], *, device: torch.device | str = "cpu") -> None:
+    def load_state_dict(self, state: dict[str, Any], *, device: torch.device | str = "cpu") -> None:
         """Take over a ``state_dict``; ``device`` is that of the rollouts to come."""
         if not isinstance(state, dict) or state.get("version") != 1:
             raise ValueError(f"state must be a StepMeter.state_dict(), got {check.describe(state)}")
@@ -274,8 +275,9 @@ class StepMeter:
 
 def _constants(rollouts: Rollouts, scores: DirectionalScores) -> tuple[torch.Tensor, ...] | None:
     """Largest |s| and |h| of a response and of a token, and the mean length."""
-    parts = (scores.slope, scores.curvature, scores.token_slope, scores.token_curvature)
-    if any(part is None for part in parts) or not rollouts.n_tokens:
+    parts = [part for part in (scores.slope, scores.curvature, scores.token_slope, scores.token_curvature)
+             if part is not None]
+    if len(parts) < 4 or not rollouts.n_tokens:
         return None
     largest = (part.abs().amax() for part in parts)
     return (*largest, rollouts.lengths.double().mean())

@@ -9,6 +9,7 @@ The curve errs on the long, unsafe side there, so the verdict refuses to speak w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -68,14 +69,14 @@ def scan_step(logp_fn: Callable[[], torch.Tensor], parameters: Iterable[torch.Te
         raise ValueError(f"ess_floor must be in [0, 1], got {ess_floor:g}")
     if class_floor < 0:
         raise ValueError(f"class_floor must be at least 0, got {class_floor:g}")
-    options = {"in_sample": in_sample, "backend": backend}
+    measured = partial(measure_step, in_sample=in_sample, backend=backend)
     if logp_before is None:
         logp_before = check.tensor("logp_fn()", logp_fn()).clone()  # logp_fn may return one buffer every time
-    measure_step(logp_before, logp_before, rollouts, **options)  # refuses bad arguments before any parameter moves
+    measured(logp_before, logp_before, rollouts)  # refuses bad arguments before any parameter moves
 
     with line:
         logps = (check.tensor("logp_fn()", line.at(multiple, logp_fn)) for multiple in multiples)
-        measures = tuple(measure_step(logp_before, logp, rollouts, **options) for logp in logps)
+        measures = tuple(measured(logp_before, logp, rollouts) for logp in logps)
     return StepCurve(multiples, measures, z, margin, ess_floor, class_floor)
 
 

@@ -57,7 +57,8 @@ def spread_slope(delta: Tensor, length: int, order: int) -> Tensor:
 
 def rearrangements(in_order: Tensor, any_order: Tensor, length: int) -> Tensor:
     """Permanent of in_order·I + any_order·ones, [L, L]."""
-    return sum(float(math.perm(length, m)) * in_order ** (length - m) * any_order ** m for m in range(length + 1))
+    terms = (float(math.perm(length, m)) * in_order ** (length - m) * any_order ** m for m in range(length + 1))
+    return sum(terms, torch.zeros_like(in_order))
 
 
 def step_probabilities(task: StateTracking, length: int, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,7 +160,8 @@ class Flow:
 def flow(levels: Sequence[Curve], n_identifiers: int, *, entropy_weight: float = 0.0, start: float = 0.1) -> Flow:
     """t(β) = ∫ dβ / speed by the trapezoidal rule on the curves' grid."""
     beta = levels[0].beta
-    speed = sum(level.slope / level.length + entropy_weight * level.entropy_slope for level in levels)
+    speed = sum((level.slope / level.length + entropy_weight * level.entropy_slope for level in levels),
+                torch.zeros_like(beta))
     speed = speed / len(levels) / (n_identifiers - 1)
     kept = beta >= start - 1e-12
     beta, speed = beta[kept], speed[kept]

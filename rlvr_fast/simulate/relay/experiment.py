@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 
-from rlvr_fast.simulate.output import Report, table
-from rlvr_fast.simulate.relay.exact import MASTERED, VISIBLE, Curve, curve, flow, hand_over
+from rlvr_fast.simulate.output import Numbers, Report, table
+from rlvr_fast.simulate.relay.exact import MASTERED, VISIBLE, Curve, Flow, curve, flow, hand_over
 from rlvr_fast.simulate.relay.figures import relay_figure
-from rlvr_fast.simulate.relay.runs import Condition, crossing, run_all, spread
+from rlvr_fast.simulate.relay.runs import Condition, History, crossing, run_all, spread
 from rlvr_fast.simulate.relay.training import Recipe, level_gaps
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SMOOTH, ABRUPT, ALONE, NOT_ABELIAN = "R = 3", "R = 7", "longest alone", "R = 3, not abelian"
 CONDITIONS = {
@@ -21,12 +26,10 @@ CONDITIONS = {
     ALONE: Condition("Z_96", (45,), 120, 60, 256),
     NOT_ABELIAN: Condition("A_5", (3, 9, 27), 700, 35, 256),
 }
-_SMALL = {"n_steps": 320, "measure_every": 40, "n_measured": 256, "n_identifiers": 32,
-          "recipe": Recipe(learning_rate=40.0, batch_size=256)}
-QUICK = {
-    SMOOTH: Condition("Z_32", (3, 9, 27), **_SMALL), ABRUPT: Condition("Z_32", (3, 21), **_SMALL),
-    ALONE: Condition("Z_32", (27,), **_SMALL | {"n_steps": 40}), NOT_ABELIAN: Condition("S_4", (2, 6, 18), **_SMALL),
-}
+_SMALL = partial(Condition, n_steps=320, measure_every=40, n_measured=256, n_identifiers=32,
+                 recipe=Recipe(learning_rate=40.0, batch_size=256))
+QUICK = {SMOOTH: _SMALL("Z_32", (3, 9, 27)), ABRUPT: _SMALL("Z_32", (3, 21)), ALONE: _SMALL("Z_32", (27,), n_steps=40),
+         NOT_ABELIAN: _SMALL("S_4", (2, 6, 18))}
 N_SHOWN = 2048  # responses per level and measurement in the run of the figure
 START = 0.1  # β at which the flow starts; Q = 0 is a saddle in abelian groups, which only noise leaves
 
@@ -49,7 +52,7 @@ def run(*, seeds: int = 5, quick: bool = False) -> Report:
                   tables(numbers))
 
 
-def condition_numbers(condition: Condition, histories: list[dict], curves: list[Curve]) -> dict:
+def condition_numbers(condition: Condition, histories: list[History], curves: list[Curve]) -> Numbers:
     """All runs of a condition, when each level woke and was mastered, and what expected learning says about it."""
     order = condition.task.group.order
     weight, rate = condition.recipe.entropy_weight, condition.recipe.learning_rate
@@ -75,23 +78,23 @@ def condition_numbers(condition: Condition, histories: list[dict], curves: list[
             "hand_over": [hand_over(*pair) for pair in pairwise(curves)]}
 
 
-def beta_index(level: Curve, expected) -> torch.Tensor:
+def beta_index(level: Curve, expected: Flow) -> torch.Tensor:
     """Where the flow's β lie on the curves' grid."""
     return torch.searchsorted(level.beta, expected.beta).clamp(max=len(level.beta) - 1)
 
 
-def peak(history: dict[str, list], level: int) -> float:
+def peak(history: History, level: int) -> float:
     """The step at which a level's measured part of the gradient was largest; inf if none was ever significant."""
     signals = [row[level] for row in history["signal"]]
     largest = max(signals)
     return history["step"][signals.index(largest)] if largest > 0 else math.inf
 
 
-def agreement(condition: Condition, curves: list[Curve], n_responses: int) -> dict:
+def agreement(condition: Condition, curves: list[Curve], n_responses: int) -> Numbers:
     """Sampled success and squared gap against the exact ones at Q = β·I, in standard errors of the sample."""
     task, generator = condition.task, torch.Generator().manual_seed(1)
     line = torch.eye(task.n_identifiers)
-    result = {"beta": [], "length": [], "success": [], "gap": [], "n_responses": n_responses}
+    result: Numbers = {"beta": [], "length": [], "success": [], "gap": [], "n_responses": n_responses}
     for i, beta in enumerate(curves[0].beta.tolist()):
         levels = [level for level in curves if 0.05 < float(level.success[i]) < 0.95]
         if i % (len(curves[0].beta) // 26) or not levels:
@@ -107,7 +110,7 @@ def agreement(condition: Condition, curves: list[Curve], n_responses: int) -> di
     return result
 
 
-def tables(numbers: dict) -> list:
+def tables(numbers: Numbers) -> list[Table]:
     rows, handed = [], []
     for name, condition in numbers["conditions"].items():
         title, first = f"{name} ({condition['group']})", condition["levels"][condition["lengths"][0]]

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from rlvr_fast.simulate.output import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, label, panels
+from rlvr_fast.simulate.output import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Numbers, label, panels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = (SKY, ORANGE, GREEN, PINK, BLUE)
 
 
-def relay_figure(numbers: dict, shown: tuple[str, ...], alone: str):
+def relay_figure(numbers: Numbers, shown: tuple[str, ...], alone: str) -> Figure:
     """Per condition, from the top: share of the signal, signal with its errors, success. First seed; success of all."""
     fig, axes = panels(3 * len(shown))
     fig.set_size_inches(5.2 * len(shown), 10.5)
-    for axis, cell in zip(axes, fig.add_gridspec(3, len(shown)), strict=True):
-        axis.set_subplotspec(cell)
+    cells = fig.add_gridspec(3, len(shown))
+    for i, axis in enumerate(axes):
+        axis.set_subplotspec(cells[i])
     for column, name in enumerate(shown):
         condition = numbers["conditions"][name]
         shares, signals, success = axes[column::len(shown)]
@@ -33,7 +39,7 @@ def relay_figure(numbers: dict, shown: tuple[str, ...], alone: str):
     return fig
 
 
-def _share(axis, condition: dict) -> None:
+def _share(axis: Axes, condition: Numbers) -> None:
     history = condition["runs"][0]
     total = [sum(row) for row in history["signal"]]
     parts = [[row[i] / s if s else 0.0 for row, s in zip(history["signal"], total, strict=True)]
@@ -44,7 +50,7 @@ def _share(axis, condition: dict) -> None:
     axis.legend(fontsize=7, loc="upper left")
 
 
-def _signal(axis, condition: dict) -> None:
+def _signal(axis: Axes, condition: Numbers) -> None:
     history = condition["runs"][0]
     for i, (length, colour) in enumerate(zip(condition["lengths"], COLOURS, strict=False)):
         for step, rates, norms, errors in zip(*(history[key] for key in ("step", "sampled", "gap_norm_sq",
@@ -60,7 +66,7 @@ def _signal(axis, condition: dict) -> None:
     axis.legend(fontsize=7)
 
 
-def _success(axis, condition: dict) -> None:
+def _success(axis: Axes, condition: Numbers) -> None:
     for i, (length, colour) in enumerate(zip(condition["lengths"], COLOURS, strict=False)):
         for seed, history in enumerate(condition["runs"]):
             axis.plot(history["step"], [row[i] for row in history["success"]], color=colour,

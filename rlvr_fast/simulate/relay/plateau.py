@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import torch
 
-from rlvr_fast.simulate.output import BLACK, BLUE, GREEN, ORANGE, RED, Report, label, panels, table
+from rlvr_fast.simulate.output import BLACK, BLUE, GREEN, ORANGE, RED, Numbers, Report, label, panels, table
 from rlvr_fast.simulate.relay.exact import (
     MASTERED,
     VISIBLE,
@@ -27,6 +28,10 @@ from rlvr_fast.simulate.relay.runs import Condition, crossing, run_all, spread
 from rlvr_fast.simulate.relay.task import StateTracking
 from rlvr_fast.simulate.relay.training import Recipe
 from rlvr_fast.simulate.scaling import slope
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
 
 SHORTEST, RATIOS = 5, (2, 3, 4, 5, 6, 7)
 N_STEPS, LARGEST_SAMPLED = 1500, 5  # runs stop where the plateau ends, or are given up
@@ -56,7 +61,7 @@ def waiting(levels: list[Curve], task: StateTracking, *, entropy_weight: float =
     return visible - mastered if math.isfinite(mastered) else math.inf
 
 
-def ratios(seeds: int, recipe: Recipe, quick: bool) -> dict:
+def ratios(seeds: int, recipe: Recipe, quick: bool) -> Numbers:
     """Z_96, C_B = 4: expected plateaus, with and without entropy bonus, and sampled ones without."""
     group, shown = ("Z_48", (2, 4)) if quick else ("Z_96", RATIOS)
     task = StateTracking(named(group))
@@ -82,9 +87,9 @@ def ratios(seeds: int, recipe: Recipe, quick: bool) -> dict:
     return {"group": group, "learning_rate": recipe.learning_rate, "by_ratio": result}
 
 
-def orders(shown: tuple[int, ...], quick: bool) -> dict:
+def orders(shown: tuple[int, ...], quick: bool) -> Numbers:
     """Expected plateau against d at C_B = 4: slope of log length, as it is and with the pace's own (ln d)²."""
-    result = {"order": shown, "by_ratio": {}}
+    result: Numbers = {"order": shown, "by_ratio": {}}
     for ratio in (5,) if quick else (3, 5, 7):
         lengths = []
         for order in shown:
@@ -98,7 +103,7 @@ def orders(shown: tuple[int, ...], quick: bool) -> dict:
     return result
 
 
-def sharpness(shown: tuple[float, ...], quick: bool) -> dict:
+def sharpness(shown: tuple[float, ...], quick: bool) -> Numbers:
     """Z_96: what becomes of {5, 15, 45}, {5, 35} and {45} in expectation, for the constants that are not known."""
     result = {}
     for c_b in shown:
@@ -117,7 +122,7 @@ def sharpness(shown: tuple[float, ...], quick: bool) -> dict:
     return result
 
 
-def margins(quick: bool) -> dict:
+def margins(quick: bool) -> Numbers:
     """How far success is from 1/d + (1 − 1/d)Δ^L between 0.02 and 0.99, and how uncertain the exact side is."""
     result = {}
     for name, lengths in (("Z_96", (5, 15, 45)), ("A_5", (5, 15, 45))):
@@ -133,7 +138,7 @@ def margins(quick: bool) -> dict:
     return result
 
 
-def tables(numbers: dict) -> list:
+def tables(numbers: Numbers) -> list[Table]:
     rows, by_ratio = [], numbers["ratios"]["by_ratio"]
     for ratio, row in by_ratio.items():
         found = spread(row["sampled"])
@@ -157,7 +162,7 @@ def tables(numbers: dict) -> list:
               [[name, row["difference"], row["stderr"]] for name, row in numbers["margin"].items()])]
 
 
-def figure(numbers: dict):
+def figure(numbers: Numbers) -> Figure:
     fig, (against_ratio, against_order, formula) = panels(3)
     by_ratio = numbers["ratios"]["by_ratio"]
     shown = list(by_ratio)

@@ -7,6 +7,7 @@ import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from rlvr_fast.simulate.relay.task import StateTracking
 from rlvr_fast.simulate.relay.training import Recipe, train
 
 PROCESSES = 2
+History = dict[str, list[Any]]  # of a run: column -> per measurement a number, or a number per level
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Condition:
         return StateTracking(named(self.group), self.n_identifiers, self.c_b)
 
 
-def run_one(condition: Condition, seed: int) -> dict[str, list]:
+def run_one(condition: Condition, seed: int) -> History:
     """``train``, as plain lists."""
     history = train(condition.task, condition.lengths, condition.recipe, condition.n_steps, seed=seed,
                     measure_every=condition.measure_every, n_measured=condition.n_measured, enough=condition.enough)
@@ -45,7 +47,7 @@ def run_one(condition: Condition, seed: int) -> dict[str, list]:
 
 
 def run_all(conditions: Sequence[Condition], seeds: Sequence[int], *, n_shown: int | None = None,
-            processes: int = PROCESSES) -> list[list[dict]]:
+            processes: int = PROCESSES) -> list[list[History]]:
     """[condition][seed]: what ``run_one`` returns; the numbers do not depend on ``processes``.
 
     ``n_shown``: responses per level and measurement of the first seed's run, if it is to be measured more closely.
@@ -62,7 +64,7 @@ def run_all(conditions: Sequence[Condition], seeds: Sequence[int], *, n_shown: i
     return [results[i:i + len(seeds)] for i in range(0, len(results), len(seeds))]
 
 
-def crossing(history: dict[str, list], level: int, success: float) -> float:
+def crossing(history: History, level: int, success: float) -> float:
     """The step at which a level's exact success rate first reaches this, between measurements by a line; else inf."""
     steps, rates = history["step"], [row[level] for row in history["success"]]
     for i, rate in enumerate(rates):
