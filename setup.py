@@ -16,9 +16,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 PACKAGES = ["rlvr_fast", "rlvr_fast.analyze", "rlvr_fast.backends", "rlvr_fast.bench", "rlvr_fast.demo",
-            "rlvr_fast.integrations", "rlvr_fast.kernels", "rlvr_fast.model_gap", "rlvr_fast.monitor",
-            "rlvr_fast.profile", "rlvr_fast.report", "rlvr_fast.simulate", "rlvr_fast.simulate.relay",
-            "rlvr_fast.spectrum", "rlvr_fast.step"]
+            "rlvr_fast.integrations", "rlvr_fast.kernels", "rlvr_fast.model_gap",
+            "rlvr_fast.model_gap.tensor_parallel", "rlvr_fast.monitor", "rlvr_fast.profile", "rlvr_fast.report",
+            "rlvr_fast.simulate", "rlvr_fast.simulate.relay", "rlvr_fast.spectrum", "rlvr_fast.step"]
 
 HEADERS = ["dtype", "elements", "fold", "fold_kernel", "head_pass", "head_pass_kernel", "kernels_system", "lanes",
            "product", "segmented", "segmented_kernel", "statistics", "threads", "witness"]  # of csrc/cpu

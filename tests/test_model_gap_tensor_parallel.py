@@ -15,8 +15,9 @@ from tensor_parallel_models import FEATURES
 from tensor_parallel_ranks import CASES, OTHERS, STEPS, WORLDS, alone, direction, work
 from tensor_parallel_refusals import REFUSALS
 
+from rlvr_fast.model_gap.micro_batch import spread_spans
 from rlvr_fast.model_gap.sketch import Fold
-from rlvr_fast.model_gap.tensor_parallel import Part, spread_spans
+from rlvr_fast.model_gap.tensor_parallel.layers import Part
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-11}
 FIGURES = {"gram": 2, "norm_sq": 1, "norm_sq_naive": 1, "stderr": 1, "alignment": 1, "per parameter": 1}

@@ -16,8 +16,8 @@ from rlvr_fast.model_gap import attach
 from rlvr_fast.model_gap.collect import GramCollector, SketchCollector, sketch_columns
 from rlvr_fast.model_gap.exact import ExactCollector
 from rlvr_fast.model_gap.parallel import Ranks, refusals_told
-from rlvr_fast.model_gap.tensor_parallel import TensorParallel, is_dtensor
-from rlvr_fast.model_gap.tensor_parallel_group import layer_group
+from rlvr_fast.model_gap.tensor_parallel.group import layer_group
+from rlvr_fast.model_gap.tensor_parallel.layers import TensorParallel, is_dtensor
 from rlvr_fast.rollouts import Rollouts
 from rlvr_fast.vocabulary_parallel import VocabularyShard
 

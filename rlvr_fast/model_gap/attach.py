@@ -17,7 +17,7 @@ from rlvr_fast import _validate as check
 from rlvr_fast.model_gap.recording import Recording
 from rlvr_fast.model_gap.segmented import accumulation_dtype
 from rlvr_fast.model_gap.tap import EmbeddingSite, LinearSite, ScaleSite, Site, scale_slope
-from rlvr_fast.model_gap.tensor_parallel import TensorParallel, is_dtensor
+from rlvr_fast.model_gap.tensor_parallel.layers import TensorParallel, is_dtensor
 from rlvr_fast.model_gap.transformers_sites import (
     ScaledEmbeddingSite,
     TransposedLinearSite,

@@ -18,7 +18,7 @@ from rlvr_fast.model_gap.ghost import ghost_gram
 from rlvr_fast.model_gap.micro_batch import MicroBatch, Spans
 from rlvr_fast.model_gap.segmented import accumulation_dtype, device_products, segmented_gram
 from rlvr_fast.model_gap.sketch import Fold, span_products
-from rlvr_fast.model_gap.tensor_parallel import Part
+from rlvr_fast.model_gap.tensor_parallel.layers import Part
 from rlvr_fast.rollouts import Rollouts
 
 

@@ -11,7 +11,7 @@ from rlvr_fast.model_gap.coefficients import HeadRows, NotConstant, response_coe
 from rlvr_fast.model_gap.collect import SketchCollector
 from rlvr_fast.model_gap.micro_batch import MicroBatch
 from rlvr_fast.model_gap.recording import Recording
-from rlvr_fast.model_gap.tensor_parallel_join import Join, Terms
+from rlvr_fast.model_gap.tensor_parallel.join import Join, Terms
 from rlvr_fast.rollouts import Rollouts
 
 ADVICE = "call probe.backward(logp) before the loss's backward"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from rlvr_fast.model_gap.micro_batch import MicroBatch
-from rlvr_fast.model_gap.tensor_parallel import TensorParallel
+from rlvr_fast.model_gap.tensor_parallel.layers import TensorParallel
 from rlvr_fast.rollouts import Rollouts
 
 

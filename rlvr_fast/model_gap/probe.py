@@ -19,8 +19,8 @@ from rlvr_fast.model_gap.recording import Recording
 from rlvr_fast.model_gap.response_totals import response_totals
 from rlvr_fast.model_gap.result import Coverage, ModelGapResult
 from rlvr_fast.model_gap.tap import Site
-from rlvr_fast.model_gap.tensor_parallel_join import Join
-from rlvr_fast.model_gap.tensor_parallel_witness import ShardWitness
+from rlvr_fast.model_gap.tensor_parallel.join import Join
+from rlvr_fast.model_gap.tensor_parallel.witness import ShardWitness
 from rlvr_fast.model_gap.witness import Witness
 from rlvr_fast.rollouts import Rollouts
 from rlvr_fast.vocabulary_parallel import VocabularyShard

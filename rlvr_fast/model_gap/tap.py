@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from rlvr_fast.model_gap.collect import weight_gradient
 from rlvr_fast.model_gap.micro_batch import MicroBatch, Spans
 from rlvr_fast.model_gap.segmented import accumulation_dtype
-from rlvr_fast.model_gap.tensor_parallel import TensorParallel
-from rlvr_fast.model_gap.tensor_parallel_head import observe_spread_head
+from rlvr_fast.model_gap.tensor_parallel.head import observe_spread_head
+from rlvr_fast.model_gap.tensor_parallel.layers import TensorParallel
 
 if TYPE_CHECKING:
     from rlvr_fast.model_gap.recording import Recording

@@ -22,7 +22,7 @@ from rlvr_fast.model_gap.coefficients import (
     token_coefficients,
 )
 from rlvr_fast.model_gap.micro_batch import MicroBatch, Spans
-from rlvr_fast.model_gap.tensor_parallel import Part, TensorParallel, waited
+from rlvr_fast.model_gap.tensor_parallel.layers import Part, TensorParallel, waited
 from rlvr_fast.rollouts import Rollouts
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from rlvr_fast.model_gap.coefficients import HeadRows
 from rlvr_fast.model_gap.collect import vector_products
 from rlvr_fast.model_gap.micro_batch import MicroBatch
 from rlvr_fast.model_gap.segmented import accumulation_dtype
-from rlvr_fast.model_gap.tensor_parallel import PARTIAL, WHOLE, TensorParallel
-from rlvr_fast.model_gap.tensor_parallel_head import sample_width
+from rlvr_fast.model_gap.tensor_parallel.head import sample_width
+from rlvr_fast.model_gap.tensor_parallel.layers import PARTIAL, WHOLE, TensorParallel
 from rlvr_fast.rollouts import Rollouts
 
 WORDS = 2048  # bytes in which a rank says why it refuses, or why parameters are not covered

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from rlvr_fast.model_gap.tensor_parallel import TensorParallel, is_dtensor
+from rlvr_fast.model_gap.tensor_parallel.layers import TensorParallel, is_dtensor
 from rlvr_fast.model_gap.witness import Witness, _spread
 from rlvr_fast.rollouts import Rollouts
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import nn
 
-from rlvr_fast.model_gap.tensor_parallel import is_dtensor
+from rlvr_fast.model_gap.tensor_parallel.layers import is_dtensor
 from rlvr_fast.vocabulary_parallel import VocabularyShard, check_shard
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # DTensor takes a while to import, and whoever has one has do
     from torch.distributed.tensor import DTensor
 
     from rlvr_fast.model_gap.tap import Site
-    from rlvr_fast.model_gap.tensor_parallel_head import HeadSamples
+    from rlvr_fast.model_gap.tensor_parallel.head import HeadSamples
 
 SHARD, WHOLE, PARTIAL = "shard", "whole", "partial"
 
