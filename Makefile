@@ -17,7 +17,7 @@ $(VENV)/.lint: pyproject.toml constraints.txt  # looks at the sources, so nothin
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check ruff
 	touch $@
 
-.PHONY: demo demo-smollm2 sweep test bench kernels lint types clean
+.PHONY: demo demo-smollm2 sweep test bench kernels lint types docs clean
 
 demo: $(VENV)/.demo  ## GRPO on arithmetic at a safe and at an unsafe learning rate, the gap and the threshold live
 	$(BIN)/rlvr-fast demo --output outputs/demo
@@ -50,6 +50,9 @@ lint: $(VENV)/.lint
 
 types: $(VENV)/.test  ## the package type-checks
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs  ## the documentation site into build/docs; warnings are errors; under a minute
+	$(BIN)/python -m sphinx -W --keep-going -E docs build/docs
 
 clean:
 	rm -rf $(VENV) build dist outputs *.egg-info .mypy_cache rlvr_fast/_native*.so rlvr_fast/_cuda_rows*.so

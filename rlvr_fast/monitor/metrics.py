@@ -215,9 +215,13 @@ def metrics_of(sums: Sums) -> dict[str, float]:
     return {key: float(value) for key, value in found.items() if value is not None and math.isfinite(value)}
 
 
+def _cell(words: str) -> str:
+    return words.replace("|", r"\|")  # or a table would take it for a border
+
+
 def describe_metrics() -> str:
     """A Markdown table of all metrics."""
     lines = ["| key | tier | unit | meaning | source |", "|---|---|---|---|---|"]
-    lines += [f"| `{m.key}` | {m.tier} | {m.unit} | {m.meaning} | {m.source} |" for m in METRICS]
+    lines += [f"| `{m.key}` | {m.tier} | {m.unit} | {_cell(m.meaning)} | {m.source} |" for m in METRICS]
     lines += [f"| `{key}` | 0 | | {meaning} | measured |" for key, meaning in OVERHEAD.items()]
     return "\n".join(lines)
