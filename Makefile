@@ -17,7 +17,7 @@ $(VENV)/.lint: pyproject.toml constraints.txt  # looks at the sources, so nothin
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check ruff
 	touch $@
 
-.PHONY: demo demo-smollm2 sweep test bench kernels lint types docs clean
+.PHONY: demo demo-smollm2 sweep test test-frameworks bench kernels lint types docs clean
 
 demo: $(VENV)/.demo  ## GRPO on arithmetic at a safe and at an unsafe learning rate, the gap and the threshold live
 	$(BIN)/rlvr-fast demo --output outputs/demo
@@ -48,6 +48,24 @@ kernels: $(VENV)/.test $(VENV)/triton-$(OLDEST_TRITON)  ## compile every kernel 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 
+# verl wants an older transformers than TRL's newest release, so it has an environment of its own, with the oldest TRL.
+# verl, OpenRLHF and SkyRL come without what only their engines need: gigabytes for a GPU.
+FRAMEWORKS := .venv-frameworks
+$(FRAMEWORKS)/.ready: $(SOURCES) constraints-frameworks.txt
+	test -x $(FRAMEWORKS)/bin/python || $(PYTHON) -m venv $(FRAMEWORKS)
+	PIP_CONSTRAINT=constraints-frameworks.txt $(FRAMEWORKS)/bin/python -m pip install --quiet \
+	    --disable-pip-version-check torch
+	PIP_CONSTRAINT=constraints-frameworks.txt $(FRAMEWORKS)/bin/python -m pip install --quiet \
+	    --disable-pip-version-check trl transformers tensordict ray hydra-core codetiming torchdata peft pillow \
+	    cachetools uvicorn fastapi pytest hypothesis rich typer pylatexenc jaxtyping
+	PIP_CONSTRAINT=constraints-frameworks.txt $(FRAMEWORKS)/bin/python -m pip install --quiet \
+	    --disable-pip-version-check --no-deps verl openrlhf skyrl
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+test-frameworks: $(FRAMEWORKS)/.ready  ## the adapters with verl, OpenRLHF, SkyRL and the oldest TRL
+	$(FRAMEWORKS)/bin/python -m pytest tests/test_integration_*.py tests/test_adapters_*.py
+
 types: $(VENV)/.test  ## the package type-checks
 	$(BIN)/mypy
 
@@ -55,4 +73,4 @@ docs: $(VENV)/.docs  ## the documentation site into build/docs; warnings are err
 	$(BIN)/python -m sphinx -W --keep-going -E docs build/docs
 
 clean:
-	rm -rf $(VENV) build dist outputs *.egg-info .mypy_cache rlvr_fast/_native*.so rlvr_fast/_cuda_rows*.so
+	rm -rf $(VENV) $(FRAMEWORKS) build dist outputs *.egg-info .mypy_cache rlvr_fast/_native*.so rlvr_fast/_cuda_rows*.so

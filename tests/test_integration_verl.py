@@ -19,7 +19,7 @@ from verl import DataProto
 from verl.trainer.ppo import core_algos, metric_utils
 
 from rlvr_fast.integrations import verl as integration
-from rlvr_fast.monitor import GapMonitor
+from rlvr_fast.monitor import METRICS, GapMonitor
 
 
 @pytest.fixture
@@ -76,6 +76,16 @@ def test_without_uids_groups_are_known_from_advantages(step):
     assert "rlvr/logp/gap" not in found  # class means need the group's size, too
 
 
+def test_what_the_v1_trainer_hands_out_is_enough_for_tier_0(step):
+    """The fields of its _compute_metrics: no uid, no log-probs."""
+    batch = batch_of(step, uid=False)
+    fields = ("prompts", "responses", "response_mask", "advantages", "returns", "token_level_scores")
+    found = integration.gap_metrics(batch.select(batch_keys=list(fields)), estimator="grpo")
+    tiers = {metric.key: metric.tier for metric in METRICS}
+    assert {tiers[key] for key in without_time(found)} == {0}
+    assert {"rlvr/group/p_mean", "rlvr/group/frac_mixed", "rlvr/gap/kappa", "rlvr/length/mean"} <= found.keys()
+
+
 def test_advantages_of_an_unknown_estimator_are_not_looked_at(step):
     """REINFORCE++ whitens over the batch: none is 0 in a group of one class."""
     found = integration.gap_metrics(batch_of(step, uid=False))
@@ -127,20 +137,58 @@ def test_graded_scores_are_warned_of_once_and_do_not_end_the_run(step, stock, ca
 
 
 def test_importing_the_plugin_installs(stock):
+    metric_utils.compute_data_metrics = stock
+    assert not integration.installed()
     plugin = importlib.import_module("rlvr_fast.integrations.verl_plugin")
     importlib.reload(plugin)
-    assert metric_utils.compute_data_metrics is not stock
+    assert integration.installed()
+    assert "rlvr:vanilla" in core_algos.POLICY_LOSS_REGISTRY
 
 
-def test_verl_loads_the_plugin_on_import(tmp_path):
-    """Through a distribution that declares the entry point, as the package's own does once installed."""
+def test_the_plugin_keeps_the_arguments_of_an_earlier_install(step, stock):
+    """verl imports VERL_USE_EXTERNAL_MODULES first, plug-ins after."""
+    integration.install(threshold=0.5)
+    importlib.reload(importlib.import_module("rlvr_fast.integrations.verl_plugin"))
+    batch = batch_of(step)
+    batch.batch["token_level_scores"][int(step.correct.nonzero()[0]), 0] += 0.3
+    assert without_time(metric_utils.compute_data_metrics(batch=batch, use_critic=False))
+
+
+def test_a_plugin_that_cannot_be_loaded_says_so_and_lets_verl_go_on(monkeypatch, caplog):
+    """verl mentions what a plug-in raises in its debug log only."""
+    plugin = importlib.import_module("rlvr_fast.integrations.verl_plugin")
+    monkeypatch.setitem(sys.modules, "rlvr_fast.integrations.verl", None)
+    with caplog.at_level(logging.WARNING):
+        importlib.reload(plugin)
+    assert "rlvr_fast: its verl plug-in cannot be loaded, training goes on without: ModuleNotFoundError" in caplog.text
+    assert "rlvr-fast doctor" in caplog.text
+
+
+PROBE = """
+import sys; sys.path[:0] = [{path!r}]
+import verl
+from verl.trainer.ppo import ray_trainer as driver
+from verl.workers.utils.losses import get_policy_loss_fn
+print(get_policy_loss_fn("rlvr:vanilla").__module__, driver.compute_data_metrics.__wrapped__.__module__,
+      driver.reduce_metrics.__wrapped__.__module__)
+from verl.workers.engine import EngineRegistry
+print(*(EngineRegistry.get_engine_cls(model, "fsdp2").__module__ for model in ("language_model", "value_model")))
+"""
+
+
+def test_verl_loads_the_plugin_on_import_and_workers_and_driver_have_it(tmp_path):
+    """Through a distribution that declares the entry point, as the package's own does once installed; and the engine
+    that two variables select, for language models alone."""
     meta = tmp_path / "rlvr_fast_plugin_test-1.dist-info"
     meta.mkdir()
     (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: rlvr-fast-plugin-test\nVersion: 1\n")
     (meta / "entry_points.txt").write_text("[verl.plugins]\nrlvr_fast_test = rlvr_fast.integrations.verl_plugin\n")
-    code = (f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; import verl; "
-            "from verl.trainer.ppo.metric_utils import compute_data_metrics as f; print(hasattr(f, '__wrapped__'))")
-    path = {"PYTHONPATH": ":".join(filter(None, sys.path))}
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
-                          env=os.environ | path, timeout=280)
-    assert said.stdout.strip().endswith("True"), said.stderr
+    path = {"PYTHONPATH": ":".join(filter(None, sys.path)), "VERL_USE_EXTERNAL_PLUGINS": "rlvr_fast_test",
+            "VERL_USE_EXTERNAL_MODULES": "rlvr_fast.integrations.verl_engine", "VERL_ENGINE_VENDOR": "rlvr_fast",
+            "VERL_ENGINE_DEVICE": "cuda"}
+    said = subprocess.run([sys.executable, "-c", PROBE.format(path=str(tmp_path))], capture_output=True, text=True,
+                          check=False, env=os.environ | path, timeout=280)
+    assert said.stdout.split()[-5:-2] == ["verl.trainer.ppo.core_algos", "verl.trainer.ppo.metric_utils",
+                                          "verl.utils.metric.utils"], said.stderr
+    assert said.stdout.split()[-2:] == ["rlvr_fast.integrations.verl_engine",
+                                        "verl.workers.engine.fsdp.transformer_impl"]

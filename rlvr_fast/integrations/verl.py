@@ -1,29 +1,36 @@
-"""Gradient-gap metrics in the logs of verl: for every step what the driver's batch tells, no line changed anywhere.
+"""Gradient-gap metrics in the logs of verl, no line changed anywhere: of the driver's batch, and of the policy loss.
 
 The driver of verl holds the whole step: scores, advantages, log-probs of trainer and sampler, and (but for the V1
 trainer) the prompts' uids. It calls ``compute_data_metrics`` on it once per step and logs the result. ``install`` adds
-the ``rlvr/...`` metrics of tiers 0 to 2 to that result. Nothing that trains is touched, and where they cannot be had
-the reason is logged once, as a warning. Installed as an entry point of the group "verl.plugins", the package does so by
-itself wherever verl is imported; VERL_USE_EXTERNAL_PLUGINS=none keeps it out.
+the ``rlvr/...`` metrics of tiers 0 to 2 to that result.
 
-``gap_metrics`` is the same for drivers of one's own.
+The workers hold the loss. ``install`` registers every policy loss a second time, as "rlvr:vanilla", "rlvr:gspo" and so
+on: the same loss, which also reports what it makes of the update. ``policy_loss.loss_mode=rlvr:vanilla`` selects it,
+and the driver then logs ``rlvr/update/...`` (``UPDATE_METRICS``).
+
+Nothing that trains is touched, and where metrics cannot be had the reason is logged once, as a warning. Installed as an
+entry point of the group "verl.plugins", the package does all this by itself wherever verl is imported;
+VERL_USE_EXTERNAL_PLUGINS=none keeps it out.
+
+``gap_metrics`` and ``combine`` are the same for drivers of one's own.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
-import sys
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlvr_fast.integrations import verl_hooks as hooks
+from rlvr_fast.integrations.verl_update import UPDATE_METRICS, combine
 from rlvr_fast.monitor import GapMonitor
 
 if TYPE_CHECKING:
     from verl import DataProto
 
-logger = logging.getLogger(__name__)
+__all__ = ["UPDATE_METRICS", "combine", "gap_metrics", "install", "installed"]
 
 
 def gap_metrics(batch: DataProto, *, threshold: float | None = None, estimator: str | None = None) -> dict[str, float]:
@@ -69,30 +76,34 @@ def _correct(scores: torch.Tensor, threshold: float | None) -> torch.Tensor:
 
 
 def install(*, threshold: float | None = None, estimator: str | None = None) -> None:
-    """Have verl's driver log these metrics. Calling it again changes its arguments.
+    """Have verl log these metrics, and register its policy losses as "rlvr:...". Again changes the arguments.
+
+    Losses that are registered after this call are found when ``get_policy_loss_fn`` is asked for "rlvr:<name>"; a name
+    that is registered anew means the new loss.
 
     Args:
         threshold, estimator: see ``gap_metrics``; to set them, call this in a module of one's own, which
             VERL_USE_EXTERNAL_MODULES names.
+
+    Raises:
+        ImportError: without verl. What a release of verl does not have is a warning.
     """
+    import verl  # noqa: F401
+
+    measure = functools.partial(gap_metrics, threshold=threshold, estimator=estimator)
+    for module, what, place in (
+            ("verl.trainer.ppo.core_algos", "policy losses rlvr:...", hooks.register_losses),
+            ("verl.utils.metric", "rlvr/update/... metrics in the driver's log", hooks.divide_in_reduce_metrics),
+            ("verl.trainer.ppo.metric_utils", "gradient-gap metrics in the driver's log",
+             functools.partial(hooks.add_to_data_metrics, measure=measure))):
+        try:
+            place(importlib.import_module(module))
+        except Exception as error:  # a monitor must not end a run
+            hooks.warn(what, error)
+
+
+def installed() -> bool:
+    """Whether ``install`` was called in this process: verl loads plug-ins after modules of one's own."""
     from verl.trainer.ppo import metric_utils
 
-    stock = getattr(metric_utils.compute_data_metrics, "__wrapped__", metric_utils.compute_data_metrics)
-    given_up: list[str] = []
-
-    @functools.wraps(stock)
-    def compute_data_metrics(batch: DataProto, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        metrics = stock(batch, *args, **kwargs)
-        try:
-            metrics |= gap_metrics(batch, threshold=threshold, estimator=estimator)
-        except Exception as error:  # a monitor must not end a run
-            if not given_up:
-                logger.warning("rlvr_fast: no gradient-gap metrics: %s: %s", type(error).__name__, error)
-            given_up.append(str(error))
-        return metrics
-
-    # Trainers that were imported before hold the function by name.
-    for name, module in list(sys.modules.items()):
-        own = getattr(module, "compute_data_metrics", None) if name.startswith("verl.") else None
-        if own is not None and getattr(own, "__wrapped__", own) is stock:
-            module.compute_data_metrics = compute_data_metrics
+    return hasattr(getattr(metric_utils, "compute_data_metrics", None), hooks.STOCK)
