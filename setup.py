@@ -20,8 +20,9 @@ PACKAGES = ["rlvr_fast", "rlvr_fast.analyze", "rlvr_fast.backends", "rlvr_fast.b
             "rlvr_fast.model_gap.tensor_parallel", "rlvr_fast.monitor", "rlvr_fast.profile", "rlvr_fast.report",
             "rlvr_fast.simulate", "rlvr_fast.simulate.relay", "rlvr_fast.spectrum", "rlvr_fast.step"]
 
-HEADERS = ["dtype", "elements", "fold", "fold_kernel", "head_pass", "head_pass_kernel", "kernels_system", "lanes",
-           "product", "segmented", "segmented_kernel", "statistics", "threads", "witness"]  # of csrc/cpu
+HEADERS = ["dtype", "elements", "fold", "fold_kernel", "head_gradient", "head_gradient_kernel", "head_pass",
+           "head_pass_kernel", "kernels_system", "lanes", "logits", "product", "register_tile", "segmented",
+           "segmented_kernel", "statistics", "threads", "witness"]  # of csrc/cpu
 
 
 def native_extension():

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "fold.h"
+#include "head_gradient.h"
 #include "head_pass.h"
 #include "segmented.h"
 #include "witness.h"
@@ -20,6 +21,7 @@ namespace {
 struct InstructionSet {
     const char* name;
     void (*head_pass)(const rlvr::HeadPass&);
+    void (*head_gradient)(const rlvr::HeadGradient&);
     void (*segmented)(const rlvr::Segmented&);
     void (*fold_rows)(const rlvr::FoldRows&);
 };
@@ -31,12 +33,12 @@ InstructionSet select_instruction_set(const std::string& wanted) {
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if ((wanted == "auto" || wanted == "avx512") && avx512)
-        return {"avx512", rlvr::head_pass_avx512, rlvr::segmented_avx512, rlvr::fold_rows_avx512};
+        return {"avx512", rlvr::head_pass_avx512, rlvr::head_gradient_avx512, rlvr::segmented_avx512, rlvr::fold_rows_avx512};
     if ((wanted == "auto" || wanted == "avx2") && avx2)
-        return {"avx2", rlvr::head_pass_avx2, rlvr::segmented_avx2, rlvr::fold_rows_avx2};
+        return {"avx2", rlvr::head_pass_avx2, rlvr::head_gradient_avx2, rlvr::segmented_avx2, rlvr::fold_rows_avx2};
 #endif
     if (wanted == "auto" || wanted == "baseline")
-        return {"baseline", rlvr::head_pass_baseline, rlvr::segmented_baseline, rlvr::fold_rows_baseline};
+        return {"baseline", rlvr::head_pass_baseline, rlvr::head_gradient_baseline, rlvr::segmented_baseline, rlvr::fold_rows_baseline};
     throw py::value_error("instruction_set " + wanted + " cannot run on this processor");
 }
 
@@ -60,25 +62,20 @@ struct Merge {
     }
 };
 
-void head_pass(int dtype, Address hidden, Address weight, Address bias, Address tokens, int64_t n_tokens,
-               int64_t vocabulary, int64_t width, float temperature, float softcap, Address results, Address sums,
-               Address coefficients, Address cu_seqlens, int64_t n_responses, std::optional<py::function> merge,
-               int n_threads, const std::string& instruction_set) {
+rlvr::HeadInputs head_inputs(int dtype, Address hidden, Address weight, Address bias, Address tokens, int64_t n_tokens,
+                             int64_t vocabulary, int64_t width, float temperature, float softcap, int n_threads) {
+    return {static_cast<rlvr::DType>(dtype), pointer<const void>(hidden), pointer<const void>(weight),
+            pointer<const float>(bias), pointer<const int64_t>(tokens), n_tokens, vocabulary, width,
+            static_cast<float>(1.0 / temperature), softcap, n_threads};
+}
+
+void head_pass(const rlvr::HeadInputs& inputs, Address results, Address sums, Address coefficients, Address cu_seqlens,
+               int64_t n_responses, std::optional<py::function> merge, const std::string& instruction_set) {
     rlvr::HeadPass a{};
-    a.dtype = static_cast<rlvr::DType>(dtype);
-    a.hidden = pointer<const void>(hidden);
-    a.weight = pointer<const void>(weight);
-    a.bias = pointer<const float>(bias);
-    a.tokens = pointer<const int64_t>(tokens);
-    a.n_tokens = n_tokens;
-    a.vocabulary = vocabulary;
-    a.width = width;
-    a.inverse_temperature = static_cast<float>(1.0 / temperature);
-    a.softcap = softcap;
-    a.n_threads = n_threads;
+    static_cast<rlvr::HeadInputs&>(a) = inputs;
     float* const columns = pointer<float>(results);
     float** const outputs[] = {&a.logp, &a.lse, &a.entropy, &a.sum_p_sq, &a.score_sq, &a.off_mass};
-    for (int i = 0; i < 6; ++i) *outputs[i] = columns + i * n_tokens;
+    for (int i = 0; i < 6; ++i) *outputs[i] = columns + i * a.n_tokens;
     a.sums = pointer<float>(sums);
     a.coefficients = pointer<const float>(coefficients);
     a.cu_seqlens = pointer<const int64_t>(cu_seqlens);
@@ -95,6 +92,24 @@ void head_pass(int dtype, Address hidden, Address weight, Address bias, Address 
         run(a);
     }
     if (merging.failure) std::rethrow_exception(merging.failure);
+}
+
+void head_gradient(const rlvr::HeadInputs& inputs, Address lse, Address entropy, Address off_mass, Address grad_logp,
+                   Address grad_entropy, Address grad_hidden, Address grad_weight, Address grad_bias,
+                   const std::string& instruction_set) {
+    rlvr::HeadGradient a{};
+    static_cast<rlvr::HeadInputs&>(a) = inputs;
+    a.lse = pointer<const float>(lse);
+    a.entropy = pointer<const float>(entropy);
+    a.off_mass = pointer<const float>(off_mass);
+    a.grad_logp = pointer<const float>(grad_logp);
+    a.grad_entropy = pointer<const float>(grad_entropy);
+    a.grad_hidden = pointer<float>(grad_hidden);
+    a.grad_weight = pointer<float>(grad_weight);
+    a.grad_bias = pointer<float>(grad_bias);
+    const auto run = select_instruction_set(instruction_set).head_gradient;
+    py::gil_scoped_release unlocked;
+    run(a);
 }
 
 using PieceTuple = std::tuple<Address, Address, int64_t, int64_t, int64_t, int64_t>;
@@ -145,10 +160,15 @@ PYBIND11_MODULE(_native, module) {
     module.doc() = "Native CPU kernels. Arguments are addresses of contiguous memory, validated by the caller.";
     module.def("instruction_set", [](const std::string& wanted) { return std::string(select_instruction_set(wanted).name); },
                py::arg("wanted") = "auto");
-    module.def("head_pass", &head_pass, py::arg("dtype"), py::arg("hidden"), py::arg("weight"), py::arg("bias"),
-               py::arg("tokens"), py::arg("n_tokens"), py::arg("vocabulary"), py::arg("width"), py::arg("temperature"),
-               py::arg("softcap"), py::arg("results"), py::arg("sums"), py::arg("coefficients"), py::arg("cu_seqlens"),
-               py::arg("n_responses"), py::arg("merge"), py::arg("n_threads"), py::arg("instruction_set") = "auto");
+    py::class_<rlvr::HeadInputs>(module, "HeadInputs", py::module_local())
+        .def(py::init(&head_inputs), py::arg("dtype"), py::arg("hidden"), py::arg("weight"), py::arg("bias"),
+             py::arg("tokens"), py::arg("n_tokens"), py::arg("vocabulary"), py::arg("width"), py::arg("temperature"),
+             py::arg("softcap"), py::arg("n_threads"));
+    module.def("head_pass", &head_pass, py::arg("inputs"), py::arg("results"), py::arg("sums"), py::arg("coefficients"),
+               py::arg("cu_seqlens"), py::arg("n_responses"), py::arg("merge"), py::arg("instruction_set") = "auto");
+    module.def("head_gradient", &head_gradient, py::arg("inputs"), py::arg("lse"), py::arg("entropy"),
+               py::arg("off_mass"), py::arg("grad_logp"), py::arg("grad_entropy"), py::arg("grad_hidden"),
+               py::arg("grad_weight"), py::arg("grad_bias"), py::arg("instruction_set") = "auto");
     module.def("segmented", &segmented, py::arg("dtype"), py::arg("pieces"), py::arg("n_responses"), py::arg("d_out"),
                py::arg("d_in"), py::arg("direction"), py::arg("gradient"), py::arg("gram"), py::arg("dots"),
                py::arg("n_threads"), py::arg("instruction_set") = "auto");

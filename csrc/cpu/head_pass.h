@@ -8,7 +8,7 @@
 namespace rlvr {
 
 // raw = hidden . weight^T + bias;  z = cap * tanh(raw / cap) / T;  p = softmax(z).  All pointers are contiguous.
-struct HeadPass {
+struct HeadInputs {
     DType dtype;
     const void* hidden;     // [n_tokens, width]
     const void* weight;     // [vocabulary, width]
@@ -18,7 +18,9 @@ struct HeadPass {
     float inverse_temperature;
     float softcap;  // 0: none
     int n_threads;
+};
 
+struct HeadPass : HeadInputs {
     float *logp, *lse, *entropy, *sum_p_sq, *score_sq, *off_mass;  // [n_tokens] each
 
     // Optional per-response sums of the score, sums[r, v] = sum over tokens t of response r of c_t dlogp_t / draw_v.

@@ -14,6 +14,7 @@
 // Numerics: the sampled token is held out of every sum, so that nothing is lost when its probability is nearly 1.
 // Sums run in fp32 over at most one split of the vocabulary (a few hundred tiles), then in double.
 
+#include "product.h"
 #include "statistics.h"
 #include "threads.h"
 
@@ -61,16 +62,9 @@ void visit(const HeadPass& a, const Logits& logits, const Workspace& chunk, Work
     for (int64_t row = first_row; row < last_row; row += ROWS) {
         const int rows = static_cast<int>(last_row - row < ROWS ? last_row - row : ROWS);
         const float* weight = weight_rows(static_cast<const T*>(a.weight), a.width, row, rows, own.scratch.data);
-        for (int64_t k = 0; k < a.width; k += K_BLOCK) {
-            const int64_t depth = a.width - k < K_BLOCK ? a.width - k : K_BLOCK;
-            for (int64_t block = 0; block < n_blocks; ++block) {
-                auto product = k ? multiply<true> : multiply<false>;
-                product(chunk.packed.data + (block * a.width + k) * BLOCK, weight + k, a.width, depth,
-                        tiles + block * ROWS * BLOCK);
-            }
-        }
+        multiply_tokens(chunk.packed.data, weight, a.width, n_blocks, tiles);
         for (int64_t block = 0; block < n_blocks; ++block)
-            reduce<CAPPED>(logits, tiles + block * ROWS * BLOCK, a.bias ? a.bias + row : nullptr, rows,
+            reduce<CAPPED>(logits, tiles + block * TILE, a.bias ? a.bias + row : nullptr, rows,
                            static_cast<int32_t>(row), chunk.targets.data() + block * BLOCK, stats + block * N_STATS * BLOCK,
                            kept ? kept + row * kept_stride + block * BLOCK : nullptr, kept_stride);
     }
@@ -89,7 +83,7 @@ int64_t chunk_tokens(const HeadPass& a, int64_t most) {
 
 template <class T, bool CAPPED>
 void statistics_only(const HeadPass& a) {
-    const Logits logits(a);
+    const Logits logits(a.inverse_temperature, a.softcap);
     const int64_t chunk = chunk_tokens(a, 256), n_chunks = ceil_div(a.n_tokens, chunk), n_blocks = chunk / BLOCK;
     const int64_t split = split_rows(a), n_splits = ceil_div(a.vocabulary, split);
     const int64_t per_chunk = n_blocks * N_STATS * BLOCK, per_split = n_chunks * per_chunk;
@@ -141,7 +135,7 @@ void sweep(const HeadPass& a, const Logits& logits, const float* kept, int64_t c
 
 template <class T, bool CAPPED>
 void statistics_and_sums(const HeadPass& a) {
-    const Logits logits(a);
+    const Logits logits(a.inverse_temperature, a.softcap);
     const int64_t chunk = chunk_tokens(a, 128), n_chunks = ceil_div(a.n_tokens, chunk), n_blocks = chunk / BLOCK;
     const int64_t split = 1024 / ROWS * ROWS, n_splits = ceil_div(a.vocabulary, split);
     const int64_t per_split = n_blocks * N_STATS * BLOCK;

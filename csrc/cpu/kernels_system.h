@@ -1,6 +1,7 @@
 // Standard headers, included before any instruction-set pragma so that their inline code stays portable.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <condition_variable>

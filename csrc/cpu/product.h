@@ -1,12 +1,9 @@
-// The product's register tile: RLVR_ROWS vocabulary entries x 2 vectors of tokens.
-//
-// Weight entries are broadcast straight from the row-major lm_head, nothing of it is repacked; the tokens' hidden states
-// are packed lane-wise once per tile of the grid.
+// The products of the head with hidden states: weight entries are broadcast straight from the row-major lm_head,
+// nothing of it is repacked; the tokens' hidden states are packed lane-wise, one lane a token.
 #pragma once
 
 #include "elements.h"
-#include "head_pass.h"
-#include "lanes.h"
+#include "register_tile.h"
 
 namespace {
 
@@ -19,7 +16,8 @@ void pack_hidden(const T* hidden, int64_t width, int64_t first, int64_t count, i
             const int64_t k1 = k0 + 16 < width ? k0 + 16 : width;
             for (int lane = 0; lane < BLOCK; ++lane) {
                 const int64_t row = block * BLOCK + lane;
-                const T* source = hidden + (first + row) * width;
+                const T* source = hidden + (first + (row < count ? row : 0)) * width;
+                __builtin_prefetch(source + k1);
                 for (int64_t k = k0; k < k1; ++k) target[k * BLOCK + lane] = row < count ? to_float(source + k) : 0.0f;
             }
         }
@@ -36,26 +34,13 @@ const float* weight_rows(const T* weight, int64_t width, int64_t first, int64_t 
     return scratch;
 }
 
-// tile[ROWS][BLOCK] (+)= weight rows . packed hidden states over `depth` columns. Each call sums from zero and is added
-// as a whole: rounding grows with the square root of the longest chain, not of the whole depth.
-template <bool ACCUMULATE>
-__attribute__((noinline)) void multiply(const float* __restrict packed, const float* __restrict weight,
-                                        int64_t weight_stride, int64_t depth, float* __restrict tile) {
-    Vec sum[ROWS][2];
-    for (int i = 0; i < ROWS; ++i) sum[i][0] = sum[i][1] = Vec{};
-    for (int64_t k = 0; k < depth; ++k) {
-        const Vec left = load(packed + k * BLOCK), right = load(packed + k * BLOCK + LANES);
-#pragma GCC unroll 16
-        for (int i = 0; i < ROWS; ++i) {
-            const Vec w = splat(weight[i * weight_stride + k]);
-            sum[i][0] += left * w;
-            sum[i][1] += right * w;
-        }
-    }
-    for (int i = 0; i < ROWS; ++i) {
-        float* row = tile + i * BLOCK;
-        store(row, ACCUMULATE ? load(row) + sum[i][0] : sum[i][0]);
-        store(row + LANES, ACCUMULATE ? load(row + LANES) + sum[i][1] : sum[i][1]);
+// tiles[block][ROWS][BLOCK] = ROWS rows of the lm_head . the packed hidden states of n_blocks blocks of tokens.
+inline void multiply_tokens(const float* packed, const float* weight, int64_t width, int64_t n_blocks, float* tiles) {
+    for (int64_t k = 0; k < width; k += K_BLOCK) {
+        const int64_t depth = width - k < K_BLOCK ? width - k : K_BLOCK;
+        const auto multiply = k ? multiply_rows<true> : multiply_rows<false>;
+        for (int64_t block = 0; block < n_blocks; ++block)
+            multiply(packed + (block * width + k) * BLOCK, weight + k, width, depth, tiles + block * TILE);
     }
 }
 

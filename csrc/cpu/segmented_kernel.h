@@ -16,41 +16,18 @@
 #pragma once
 
 #include "elements.h"
-#include "lanes.h"
+#include "register_tile.h"
 #include "segmented.h"
 #include "threads.h"
 
 namespace segmented {
 namespace {
 
-constexpr int TILE = ROWS * BLOCK;
 constexpr int PAIR = LANES == 16 ? 4 : 2;  // responses x 4 others whose products fit the registers
 constexpr int64_t STRIPS = 16;             // columns of an item, in strips
 constexpr int64_t AHEAD = 16;              // rows: far apart, so the processor does not fetch them by itself
 
 typedef double Double __attribute__((vector_size(LANES * 8), aligned(LANES * 4)));
-
-// tile[ROWS][BLOCK] (+)= sum over t of b[t][ROWS] a[t][BLOCK].
-template <bool ACCUMULATE>
-__attribute__((noinline)) void outer_products(const float* __restrict b, const float* __restrict a, int64_t depth,
-                                              float* __restrict tile) {
-    Vec sum[ROWS][2];
-    for (int i = 0; i < ROWS; ++i) sum[i][0] = sum[i][1] = Vec{};
-    for (int64_t t = 0; t < depth; ++t) {
-        const Vec left = load(a + t * BLOCK), right = load(a + t * BLOCK + LANES);
-#pragma GCC unroll 16
-        for (int i = 0; i < ROWS; ++i) {
-            const Vec w = splat(b[t * ROWS + i]);
-            sum[i][0] += left * w;
-            sum[i][1] += right * w;
-        }
-    }
-    for (int i = 0; i < ROWS; ++i) {
-        float* row = tile + i * BLOCK;
-        store(row, ACCUMULATE ? load(row) + sum[i][0] : sum[i][0]);
-        store(row + LANES, ACCUMULATE ? load(row + LANES) + sum[i][1] : sum[i][1]);
-    }
-}
 
 // products[i][j] += <left tile i, right tile j>, i < PAIR, j < 4, lane by lane; `stride` from row to row of products.
 __attribute__((noinline)) void inner_products(const float* left, const float* right, Double* products, int64_t stride) {
@@ -183,8 +160,8 @@ void run_item(const Work& work, int64_t row_block, int64_t strip_block, const fl
             for (int64_t r = 0; r < a.n_responses; ++r)
                 for (int64_t t = work.first[r]; t < work.first[r + 1]; t += K_BLOCK) {
                     const int64_t left = work.first[r + 1] - t;
-                    const auto run = t == work.first[r] ? outer_products<false> : outer_products<true>;
-                    run(outputs + t * ROWS, inputs + t * BLOCK, left < K_BLOCK ? left : K_BLOCK,
+                    const auto run = t == work.first[r] ? multiply_columns<false> : multiply_columns<true>;
+                    run(inputs + t * BLOCK, outputs + t * ROWS, ROWS, left < K_BLOCK ? left : K_BLOCK,
                         own.tiles.data + r * TILE);
                 }
             reduce(work, own, row + i, column, rows - i < ROWS ? rows - i : ROWS, columns);

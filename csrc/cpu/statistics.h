@@ -1,7 +1,8 @@
 // Softmax statistics of the off-target logits, lane by lane, and their combination over vocabulary splits.
 #pragma once
 
-#include "product.h"
+#include "head_pass.h"
+#include "logits.h"
 
 namespace {
 
@@ -10,28 +11,6 @@ using rlvr::HeadPass;
 // Running statistics of the off-target logits, one lane per token: largest logit m, then with x = z - m and e = exp(x)
 // the sums of e, e x, e^2 and (e f)^2, f = dz/draw; and the target's own logit.
 enum Stat { MAX, SUM, SUM_X, SUM_SQ, SUM_SLOPE_SQ, TARGET, N_STATS };
-
-struct Logits {  // how raw products become z, and z its slope
-    explicit Logits(const HeadPass& a)
-        : scale(a.softcap > 0 ? a.softcap * a.inverse_temperature : a.inverse_temperature),
-          inverse_cap(a.softcap > 0 ? 1.0f / a.softcap : 0.0f), inverse_temperature(a.inverse_temperature) {}
-    template <bool CAPPED> Vec z(Vec raw) const {
-        const Vec value = CAPPED ? tanh_vec(raw * splat(inverse_cap)) : raw;
-        const Vec z = maximum(splat(FLOOR), value * splat(scale));
-        return CAPPED ? (raw < splat(FLOOR) ? splat(FLOOR) : z) : z;  // -inf stays out of the vocabulary
-    }
-    template <bool CAPPED> Vec slope(Vec z) const {
-        if (!CAPPED) return splat(inverse_temperature);
-        const Vec tanh_value = maximum(splat(-1.0f), z / splat(scale));  // FLOOR has slope 0
-        return (splat(1.0f) - tanh_value * tanh_value) * splat(inverse_temperature);
-    }
-    double slope(double z) const {
-        if (inverse_cap == 0.0f) return inverse_temperature;
-        const double tanh_value = z / scale;
-        return (1.0 - tanh_value * tanh_value) * inverse_temperature;
-    }
-    float scale, inverse_cap, inverse_temperature;
-};
 
 // Reduce one tile of `rows` raw products into the running statistics [N_STATS][BLOCK]; with `kept`, also leave the
 // off-target z of each row at kept[row * kept_stride + lane] (FLOOR at the target).

@@ -36,6 +36,29 @@ class Barrier {
     std::condition_variable condition_;
 };
 
+// Lets threads take turns at each of some places: turn 0 first, then 1, ... Who has turn k waits only for those before,
+// so if turns are handed out in ascending order, somebody can always go on.
+class Turns {
+  public:
+    explicit Turns(int64_t places) : turns_(places, 0) {}
+    void wait(int64_t place, int64_t turn) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        condition_.wait(lock, [&] { return turns_[place] == turn; });
+    }
+    void finish(int64_t place) {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            ++turns_[place];
+        }
+        condition_.notify_all();
+    }
+
+  private:
+    std::vector<int64_t> turns_;
+    std::mutex mutex_;
+    std::condition_variable condition_;
+};
+
 template <class Body>
 void run_threads(int n_threads, Body body) {
     std::vector<std::thread> threads;

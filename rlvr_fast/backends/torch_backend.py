@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
-from torch.nn.functional import threshold_
+from torch.nn.functional import threshold_  # type: ignore[attr-defined]  # missing in torch's stub
 
 from rlvr_fast.backends.base import Merge, TokenPass
 from rlvr_fast.head import Head
@@ -77,7 +77,8 @@ def _set_target(tile: torch.Tensor, tokens: torch.Tensor, columns: slice, value:
     return tile.scatter_(1, column, torch.where(inside, value, tile.gather(1, column)))
 
 
-def _scores(rows, tokens, head, columns, lse, off_mass) -> torch.Tensor:
+def _scores(rows: torch.Tensor, tokens: torch.Tensor, head: Head, columns: slice, lse: torch.Tensor,
+            off_mass: torch.Tensor) -> torch.Tensor:
     """∂logp/∂raw of one tile, the target's entry from the off-target mass."""
     z, slope = _logits(rows, head, columns)
     delta = threshold_(torch.exp(z - lse[:, None]), NEGLIGIBLE, 0.0).neg_()
@@ -175,7 +176,9 @@ def logits_pass(logits: torch.Tensor, tokens: torch.Tensor, temperature: float, 
         for columns in _slices(logits.shape[1], TILE_COLUMNS):
             running.add(*tile(rows, columns), tokens[rows], columns)
         _store(result, rows, running.finish())
-        for columns in _slices(logits.shape[1], TILE_COLUMNS) if block is not None else ():
+        if block is None:
+            continue
+        for columns in _slices(logits.shape[1], TILE_COLUMNS):
             z, slope = tile(rows, columns)
             delta = torch.exp(z - result.lse[rows, None]).neg_()
             block[rows, columns] = _set_target(delta, tokens[rows], columns, result.off_mass[rows]).mul_(slope)
@@ -210,10 +213,10 @@ def head_pass_with_sums(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, 
 # -- gradients --------------------------------------------------------------------------------------------------------
 
 
-def head_pass_with_gradient(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, merge: Merge | None = None,
-                            first_pass: Callable[..., TokenPass] = head_pass) -> tuple[TokenPass, torch.Tensor]:
-    """``first_pass``, then ``hidden_gradient``; ``merge`` is called once."""
-    token_pass = first_pass(hidden, tokens, head)
+def head_pass_with_gradient(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, merge: Merge | None = None
+                            ) -> tuple[TokenPass, torch.Tensor]:
+    """``head_pass``, then ``hidden_gradient``; ``merge`` is called once."""
+    token_pass = head_pass(hidden, tokens, head)
     token_pass = token_pass if merge is None else merge(token_pass)[0]
     return token_pass, hidden_gradient(hidden, tokens, head, token_pass)
 
@@ -230,27 +233,30 @@ def hidden_gradient(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, toke
 
 def linear_logprob_backward(grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None, hidden: torch.Tensor,
                             tokens: torch.Tensor, head: Head, token_pass: TokenPass,
-                            needs: tuple[bool, bool, bool]) -> tuple[torch.Tensor | None, ...]:
+                            needs: tuple[bool, bool, bool]
+                            ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of Σ grad_logp·logp + grad_entropy·H for (hidden, weight, bias), in float32.
 
     With p the softmax and δ the one-hot sampled token: ∂logp/∂z = δ − p, ∂H/∂z = −p (log p + H).
     """
     device = hidden.device
-    grads = [torch.zeros(like.shape, dtype=torch.float32, device=device) if needed else None
-             for like, needed in zip((hidden, head.weight, head.bias), needs, strict=True)]
+    of_hidden, of_weight, of_bias = (
+        torch.zeros(like.shape, dtype=torch.float32, device=device) if needed and like is not None else None
+        for like, needed in zip((hidden, head.weight, head.bias), needs, strict=True))
     for rows in _slices(hidden.shape[0], TILE_ROWS):
         for columns in _slices(head.vocabulary_size, TILE_COLUMNS):
             draw = _raw_gradient(grad_logp, grad_entropy, hidden, tokens, head, token_pass, rows, columns)
-            if needs[0]:
-                grads[0][rows].addmm_(draw, head.weight[columns].float())
-            if needs[1]:
-                grads[1][columns].addmm_(draw.T, hidden[rows].float())
-            if needs[2]:
-                grads[2][columns] += draw.sum(0)
-    return tuple(grads)
+            if of_hidden is not None:
+                of_hidden[rows].addmm_(draw, head.weight[columns].float())
+            if of_weight is not None:
+                of_weight[columns].addmm_(draw.T, hidden[rows].float())
+            if of_bias is not None:
+                of_bias[columns] += draw.sum(0)
+    return of_hidden, of_weight, of_bias
 
 
-def _raw_gradient(grad_logp, grad_entropy, hidden, tokens, head, token_pass, rows, columns) -> torch.Tensor:
+def _raw_gradient(grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None, hidden: torch.Tensor,
+                  tokens: torch.Tensor, head: Head, token_pass: TokenPass, rows: slice, columns: slice) -> torch.Tensor:
     z, slope = _logits(hidden[rows], head, columns)
     log_p = z.sub_(token_pass.lse[rows, None])
     p = threshold_(torch.exp(log_p), NEGLIGIBLE, 0.0)
@@ -304,7 +310,8 @@ def head_gram(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, token_pass
     return grams
 
 
-def _gram_of_pairs(hidden, tokens, head, lse, off_mass, coefficients, bounds) -> torch.Tensor:
+def _gram_of_pairs(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, lse: torch.Tensor, off_mass: torch.Tensor,
+                   coefficients: torch.Tensor, bounds: list[int]) -> torch.Tensor:
     """Σ_{t∈i, s∈j} c_t c_s ⟨∂logp_t, ∂logp_s⟩ ⟨h_t, h_s⟩."""
     n_tokens, n_responses = len(tokens), len(bounds) - 1
     pairs = torch.zeros(n_tokens, n_tokens, dtype=torch.float64, device=hidden.device)
@@ -323,7 +330,8 @@ def _gram_of_pairs(hidden, tokens, head, lse, off_mass, coefficients, bounds) ->
     return member @ pairs @ member.T
 
 
-def _gram_of_tiles(hidden, tokens, head, lse, off_mass, coefficients, bounds) -> torch.Tensor:
+def _gram_of_tiles(hidden: torch.Tensor, tokens: torch.Tensor, head: Head, lse: torch.Tensor, off_mass: torch.Tensor,
+                   coefficients: torch.Tensor, bounds: list[int]) -> torch.Tensor:
     """Σ over vocabulary tiles of ⟨G_i tile, G_j tile⟩ with the tiles formed for all responses of the prompt."""
     n_responses = len(bounds) - 1
     gram = torch.zeros(n_responses, n_responses, dtype=torch.float64, device=hidden.device)
