@@ -105,7 +105,8 @@ def test_a_careful_start_grows_by_itself_and_ends():
     assert other.guard.scale == 1.0
 
 
-@pytest.mark.parametrize(("reason", "growth"), [("within error", 1.5), ("scarce class", 1.0), ("sample gone", 1.0)])
+@pytest.mark.parametrize(("reason", "growth"), [
+    ("within error", 1.5), ("no contrast", 1.0), ("scarce class", 1.0), ("sample gone", 1.0)])
 def test_a_step_does_not_grow_where_nothing_could_be_seen(reason, growth):
     loop = Loop(0.01, "scale", start=0.2)
     loop.run(3)

@@ -15,7 +15,7 @@ class NotMeasurable(Exception):
     """Why a model's final hidden states or head cannot be used."""
 
 
-def base_model(model: torch.nn.Module) -> torch.nn.Module:
+def base_model(model: Any) -> Any:
     """The model itself, or the one that a PEFT model adapts."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
@@ -52,7 +52,7 @@ class HiddenStates:
     def head(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         """(hidden, weight, other arguments) for ``gradient_gap``, in the dtype that the forward used."""
         lm_head = self._model.get_output_embeddings()
-        weight, bias = (None if p is None else p.detach() for p in (lm_head.weight, lm_head.bias))
+        weight, bias = lm_head.weight.detach(), None if lm_head.bias is None else lm_head.bias.detach()
         if isinstance(weight, DTensor):
             weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
         if weight.numel() == 0:

@@ -56,15 +56,18 @@ def instrument(trainer: GRPOTrainer, *, level: str | None = "hidden", threshold:
             sum is not 0 or 1.
         every, budget, decay: see ``GapMonitor``.
         guard: the StepGuard that the trainer was given as its optimizer (``optimizers=(guard, None)``), in mode "warn"
-            or "scale". When it is due it observes the fresh completions of a generation (forward passes, in evaluation
-            mode, with the weights moved and put back); its metrics are logged too. Not for sharded weights.
+            or "scale". When it is due it observes the fresh completions of a generation (three forward passes, in
+            evaluation mode, with the weights moved and put back); its metrics are logged too. With several processes
+            its meter must reduce over them. Not for sharded weights.
 
     Returns:
         The trainer.
 
     Raises:
         TypeError: for something that has not the methods above.
-        ValueError: in training, from the first rewards on, for rewards that are neither 0 nor 1 without a threshold.
+        ValueError: for a trainer that is instrumented already, an unknown level, a guard that is not the optimizer or
+            would measure on one process alone; in training, from the first rewards on, for rewards that are neither 0
+            nor 1 without a threshold.
     """
     wanted = ("_calculate_rewards", "_generate_and_score_completions", "_get_per_token_logps_and_entropies",
               "compute_loss", "_metrics", "add_callback")
@@ -81,6 +84,10 @@ def instrument(trainer: GRPOTrainer, *, level: str | None = "hidden", threshold:
                          f"optimizers=(guard, None)); got {type(guard).__name__}, the optimizer is "
                          f"{type(trainer.optimizer).__name__}")
     several = dist.is_initialized() and dist.get_world_size() > 1
+    if several and guard is not None and guard.meter.reduce is None:
+        raise ValueError("guard must measure over all processes: StepGuard(..., share=None, meter=StepMeter("
+                         "smoothing=0.5, reduce=torch.distributed.all_reduce)); its meter reduces nothing, and every "
+                         "process would take steps of its own length")
     trainer.gap_monitor = GapMonitor(
         level=level or "hidden", length_norm=trainer.loss_type in SEQUENCE_MEAN_LOSSES, threshold=threshold,
         estimator=ESTIMATORS[trainer.scale_rewards], every=every, budget=budget, decay=decay,
@@ -104,6 +111,9 @@ class _Instrument(TrainerCallback):
 
     def __init__(self, trainer: GRPOTrainer, monitor: GapMonitor, level: str | None, guard: StepGuard | None) -> None:
         self.trainer, self.monitor, self.guard = trainer, monitor, guard
+        args = trainer.args  # whether a generation's completions are used in later windows, too: one may be measured
+        own = args.steps_per_generation * trainer.num_iterations
+        self._in_later_windows = args.gradient_accumulation_steps % own != 0
         self._rewards: torch.Tensor | None = None  # [all processes' completions, reward functions]
         self._first_prompt = 0  # the number of the next prompt, over all processes
         self._seen: _Seen | None = None
@@ -123,22 +133,25 @@ class _Instrument(TrainerCallback):
 
     # -- completions: their rewards and prompts, before they are shuffled ----------------------------------------------
 
-    def _calculate_rewards(self, original: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _calculate_rewards(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self._rewards = original(*args, **kwargs)
         return self._rewards
 
-    def _generate_and_score(self, original: Callable, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def _generate_and_score(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         batch = original(*args, **kwargs)
         if self.trainer.model.training:
-            with self.monitor.timed():
-                batch |= self._labels(len(batch["completion_ids"]))
-            if self.guard is not None and self.guard.due:
-                self._observe(batch)
+            guard = self.guard if self.guard is not None and self.guard.due else None
+            if self.monitor.due or self._in_later_windows or guard:
+                with self.monitor.timed():
+                    batch |= self._labels(len(batch["completion_ids"]))
+            if guard is not None:
+                self._observe(guard, batch)
         return batch
 
     def _labels(self, n: int) -> dict[str, torch.Tensor]:
         """Reward, prompt and group success rate of this process's ``n`` completions: [n] each."""
         rewards, size = self._rewards, self.trainer.num_generations
+        assert rewards is not None
         weights = self.trainer.reward_weights.to(rewards.device)
         # A completion that no reward function scores has none.
         total = torch.where(rewards.isnan().all(1), torch.nan, (rewards * weights).nansum(1))
@@ -151,7 +164,7 @@ class _Instrument(TrainerCallback):
         own = slice(self.trainer.accelerator.process_index * n, (self.trainer.accelerator.process_index + 1) * n)
         return {REWARD: total[own], PROMPT: prompt[own], SUCCESS_RATE: rate[own]}
 
-    def _observe(self, batch: dict[str, Any]) -> None:
+    def _observe(self, guard: StepGuard, batch: dict[str, Any]) -> None:
         """Let the guard measure where the last step ended, on this process's scored completions."""
         trainer, model = self.trainer, self.trainer.model
         scored = ~batch[REWARD].isnan()
@@ -161,20 +174,19 @@ class _Instrument(TrainerCallback):
         sequences = torch.cat([batch["prompt_ids"][scored], ids], 1)
         attention = torch.cat([batch["prompt_mask"][scored], batch["completion_mask"][scored]], 1)
 
-        @torch.no_grad()
-        def logp_fn() -> torch.Tensor:
+        def logp_fn() -> torch.Tensor:  # without gradients: ``observe`` sees to it
             return trainer._get_per_token_logps_and_entropies(
                 model, sequences, attention, ids.shape[1], batch_size=trainer.args.per_device_train_batch_size)[0]
 
         model.eval()
         try:
-            self.guard.observe(logp_fn, rollouts)
+            guard.observe(logp_fn, rollouts)
         finally:
             model.train()
 
     # -- micro-batches ------------------------------------------------------------------------------------------------
 
-    def _compute_loss(self, original: Callable, model: torch.nn.Module, inputs: dict[str, Any], *args: Any,
+    def _compute_loss(self, original: Callable[..., Any], model: torch.nn.Module, inputs: dict[str, Any], *args: Any,
                       **kwargs: Any) -> Any:
         if not (self.monitor.due and REWARD in inputs):  # an evaluation's have none
             return original(model, inputs, *args, **kwargs)
@@ -187,7 +199,7 @@ class _Instrument(TrainerCallback):
             self._feed(inputs, seen)
         return loss
 
-    def _get_logps(self, original: Callable, *args: Any, **kwargs: Any) -> tuple:
+    def _get_logps(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         result = original(*args, **kwargs)
         if self._seen is not None:
             self._seen.logp = result[0].detach()
@@ -209,7 +221,7 @@ class _Instrument(TrainerCallback):
                           outputs=("log_probs", "entropy", "log_sum_sq_probs"))
         model.register_forward_hook(self._see_output)  # PEFT calls the base model's forward past its hooks
 
-    def _see_output(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+    def _see_output(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         found = getattr(output, "log_sum_sq_probs", None)
         if self._seen is not None and found is not None:
             self._seen.log_sum_p_sq.append(found.detach())
@@ -225,13 +237,13 @@ class _Instrument(TrainerCallback):
             data["sum_p_sq"] = torch.cat(seen.log_sum_p_sq)[:, -mask.shape[1]:].exp()
         if seen.hidden and self._hidden is not None:
             try:
-                data |= self._measure(inputs, mask, torch.cat(seen.hidden), seen.logp is not None)
+                data |= self._measure(self._hidden, inputs, mask, torch.cat(seen.hidden), seen.logp is not None)
             except NotMeasurable as reason:
                 self._give_up(reason)
         self.monitor.update(**data)
 
-    def _measure(self, inputs: dict[str, Any], mask: torch.Tensor, hidden: torch.Tensor, with_stats: bool
-                 ) -> dict[str, Any]:
+    def _measure(self, states: HiddenStates, inputs: dict[str, Any], mask: torch.Tensor, hidden: torch.Tensor,
+                 with_stats: bool) -> dict[str, Any]:
         """The gap of the scored completions, and Σp² if that is all of them."""
         ids, rewards = inputs["completion_ids"], inputs[REWARD]
         if hidden.shape[:2] != (ids.shape[0], inputs["prompt_ids"].shape[1] + ids.shape[1]):
@@ -243,10 +255,13 @@ class _Instrument(TrainerCallback):
             ids, mask, hidden, rewards = ids[scored], mask[scored], hidden[scored], rewards[scored]
         rollouts = Rollouts.from_padded(ids, mask, rewards, prompt_ids=inputs[PROMPT][scored],
                                         threshold=self.monitor.threshold)
-        hidden, weight, options = self._hidden.head(hidden)
+        hidden, weight, options = states.head(hidden)
         gap = gradient_gap(hidden, weight, rollouts, level=self.monitor.level, length_norm=self.monitor.length_norm,
                            **options)
-        return {"gap": gap} | ({"sum_p_sq": rollouts.unpack(gap.stats.sum_p_sq, 1.0)} if whole and with_stats else {})
+        found: dict[str, Any] = {"gap": gap}
+        if whole and with_stats and gap.stats is not None:
+            found["sum_p_sq"] = rollouts.unpack(gap.stats.sum_p_sq, 1.0)
+        return found
 
     def _give_up(self, reason: NotMeasurable) -> None:
         warnings.warn(f"the gradient gap is not measured: {reason}", stacklevel=2)
@@ -255,10 +270,15 @@ class _Instrument(TrainerCallback):
     # -- windows ------------------------------------------------------------------------------------------------------
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        found = self.monitor.compute()
+        self._log(self.monitor.compute())
         self.monitor.reset()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the step, so that what the guard did to it is logged with it."""
         if self.guard is not None:
-            found |= {key: value for key, value in self.guard.metrics().items() if math.isfinite(value)}
+            self._log({key: value for key, value in self.guard.metrics().items() if math.isfinite(value)})
+
+    def _log(self, found: dict[str, float]) -> None:
         for key, value in found.items():
             self.trainer._metrics["train"][key].append(value)
 
@@ -269,7 +289,7 @@ def _loss_mask(batch: dict[str, Any]) -> torch.Tensor:
     return mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
 
 
-def _wrap(owner: Any, name: str, wrapper: Callable) -> None:
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     """Have ``wrapper(original, *args, **kwargs)`` called in place of one object's method."""
     original = getattr(owner, name)
 

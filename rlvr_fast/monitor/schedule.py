@@ -20,8 +20,8 @@ class Schedule:
     Args:
         every: measure one window in ``every``.
         budget: largest share of the wall time that measuring may take, or None for no limit. In a run whose windows
-            take s seconds, a measured window that cost o of them is the only one in ⌈o / (budget · s)⌉. It holds from
-            the third window on: until then no whole window has been seen.
+            take s seconds, a measured window that cost o of them is the only one in ⌈o / (budget · s)⌉. Until the
+            third window no whole one has been seen, and each is measured; what that cost is paid back afterwards.
         clock: seconds, monotonic.
 
     Attributes:
@@ -46,6 +46,8 @@ class Schedule:
         self._planned: float | None = None  # what plan() knew of it
         self._unplanned = 0.0  # of the last measured window: what came after plan()
         self._seconds, self._windows = 0.0, 0  # of the windows since the last planned one
+        self._debt, self._next_debt = 0.0, 0.0  # spent while no budget could be known; with this window's
+        self._waited = 0  # windows since then, whose budgets pay for it
 
     @contextmanager
     def timed(self, device: torch.device | None = None) -> Iterator[None]:
@@ -86,9 +88,11 @@ class Schedule:
 
     def plan(self, spent: float, window_seconds: float) -> None:
         """Fix the next measured window from ``costs``, those of the slowest rank where there are several."""
-        interval = self.every
-        if self.budget is not None and spent > self.budget * window_seconds > 0:
-            interval = max(interval, math.ceil(spent / (self.budget * window_seconds)))
+        interval, owed = self.every, self._debt + spent
+        earned = 0.0 if self.budget is None else self.budget * window_seconds
+        if owed > earned > 0:
+            interval = max(interval, math.ceil(owed / earned) - self._waited)
+        self._next_debt = 0.0 if earned > 0 else owed
         self.next_due = self.window + interval
         self._planned = spent - self._unplanned
 
@@ -98,6 +102,8 @@ class Schedule:
         if self._planned is not None:
             self._unplanned = max(self._spent - self._planned, 0.0)
             self._seconds, self._windows = 0.0, 0
+            self._debt = self._next_debt
+        self._waited = self._waited + 1 if self._debt else 0
         if self._window_start is not None:
             self._seconds += max(now - self._window_start - self._spent, 0.0)
             self._windows += 1

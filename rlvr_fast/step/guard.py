@@ -144,7 +144,7 @@ class StepGuard(torch.optim.Optimizer):
             self.break_even_rate = reading.break_even * self._length
             allowed = self.fraction * reading.break_even
         else:  # lost, and nobody knows by how much: shorten; nothing in sight: grow, unless nothing could be seen
-            blind = reading.reason in ("scarce class", "sample gone")
+            blind = reading.reason in ("no contrast", "scarce class", "sample gone")
             allowed = {"overshoot": self.fraction, "near": 1.0}.get(reading.verdict, 1.0 if blind else LONGEST)
             self.break_even_rate = self._length if reading.verdict == "overshoot" else math.inf
         if reading.verdict == "safe":
