@@ -7,10 +7,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rlvr_fast.report.lines import (
+    Panel,
+    empty,
+    interval_text,
+    label_of,
+    line_with_errors,
+    once,
+    plain_line,
+    rows_of,
+    steps_axis,
+    tinted,
+    two_panels,
+    zero_line,
+)
 from rlvr_fast.report.load import Column, Series
 from rlvr_fast.report.section import (
     NOTHING,
-    RUN_COLOURS,
     VERDICT_COLOURS,
     VERDICT_SYMBOLS,
     Figure,
@@ -24,7 +37,6 @@ from rlvr_fast.report.section import (
     text,
     thin,
     thinned,
-    with_error,
 )
 from rlvr_fast.report.verdicts import SEVERITY, Z95, fractions, judge
 
@@ -32,30 +44,25 @@ SHOWN = (0.05, 16.0)  # step / break-even beyond these is drawn at the edge
 TICKS = (0.0625, 0.125, 0.25, 0.5, 1, 2, 4, 8, 16)
 
 
-def _empty() -> tuple[Figure, list[list[str]], list[str]]:
-    """A section's figure, rows and notes before there is any."""
-    return Figure(), [], []
-
-
 def step_section(runs: Sequence[Series]) -> Section | None:
     """Step over break-even, with the region beyond break-even shaded."""
-    figure, rows, notes = _empty()
+    figure, rows, notes = empty()
     at_edge = False
-    for tint, run in _tinted(runs):
+    for tint, run in tinted(runs):
         share = fractions(run)
         if share is None:
             continue
         verdicts, _, _ = judge(run)
         value, low, high = (np.clip(part, *SHOWN) for part in (share.value, share.low, share.high))
         at_edge |= bool((value != share.value)[~np.isnan(value)].any())
-        name = _label(run, "step / break-even")
+        name = label_of(run, "step / break-even")
         drawn = line_and_band(figure, run.step, value, low, high, name=name, tint=tint, width=1.2,
                               hover="step %{x}: %{y:.2f} of break-even<extra></extra>")
         notes += thinned(drawn, int(np.isfinite(value).sum()))
         figure.traces[-1]["mode"] = "lines"
         _verdict_markers(figure, run.step, value, verdicts)
         rows += [[text(run.name or NOTHING), str(run.step[at]), number(share.value[at]),
-                  _interval(share.low[at], share.high[at]), verdicts[at] or NOTHING]
+                  interval_text(share.low[at], share.high[at]), verdicts[at] or NOTHING]
                  for at in np.flatnonzero(~np.isnan(share.value))]
     if not rows:
         return None
@@ -74,13 +81,13 @@ def step_section(runs: Sequence[Series]) -> Section | None:
                          "y": math.log10(math.sqrt(low * high)), "yanchor": "middle", "showarrow": False,
                          "font": {"color": colour("gold-ink" if tint == "gold" else tint), "size": 12.5}}
                         for label, low, high, tint, _ in zones], "margin": {"r": 58},
-        "xaxis": _steps(runs), "yaxis": axis(
+        "xaxis": steps_axis(runs), "yaxis": axis(
             "step / break-even", type="log", range=[math.log10(bottom), math.log10(top)], tickvals=list(TICKS),
             ticktext=[f"{tick:g}" for tick in TICKS])}
     lead = ("How far each update went towards the point where it stops helping: at 1 it is back where it started, "
             "above 1 it cost success (unsafe). By a parabola success is highest at 0.5.")
     return Section("step", "Is the step safe?", lead, figure.build(380),
-                   step_table(("run", "step", "step / break-even", "95 % interval", "verdict"), rows), _once(notes))
+                   step_table(("run", "step", "step / break-even", "95 % interval", "verdict"), rows), once(notes))
 
 
 def _verdict_markers(figure: Figure, step: np.ndarray, value: np.ndarray, verdicts: list[str | None]) -> None:
@@ -100,13 +107,13 @@ def _verdict_markers(figure: Figure, step: np.ndarray, value: np.ndarray, verdic
 
 
 def success_section(runs: Sequence[Series]) -> Section | None:
-    (figure, rows, notes), missing = _empty(), False
-    for tint, run in _tinted(runs):
+    (figure, rows, notes), missing = empty(), False
+    for tint, run in tinted(runs):
         sampled, exact = run.get("success"), run.get("exact_success")
-        name = _label(run, "success rate")
+        name = label_of(run, "success rate")
         if exact is not None:
-            _plain_line(figure, run, exact, f"{name}, exact" if sampled else name, tint, notes,
-                        dash="dot" if sampled else "solid")
+            plain_line(figure, run, exact, f"{name}, exact" if sampled else name, tint, notes,
+                       dash="dot" if sampled else "solid")
         if sampled is not None:
             low, high, bounded = _success_interval(run, sampled)
             missing |= bool(np.isnan(low[np.isfinite(sampled.value)]).any())
@@ -118,17 +125,17 @@ def success_section(runs: Sequence[Series]) -> Section | None:
                              "√(p(1 − p)/prompts).")
             elif np.isfinite(low).any():
                 notes.append("Band: 95 %.")
-        rows += _rows(run, [(sampled, ".3f"), (exact, ".4f")])
+        rows += rows_of(run, [(sampled, ".3f"), (exact, ".4f")])
     if not rows:
         return None
     if missing:
         notes.append("No band where the log holds no error: log success_stderr, or analyse a rollout dump beside it.")
     values = np.concatenate([np.array(trace["y"], dtype=float) for trace in figure.traces])
     top = 1.0 if np.nanmax(values) > 0.6 else min(1.0, np.nanmax(values) * 1.3 + 0.02)
-    figure.layout |= {"xaxis": _steps(runs), "yaxis": axis("success rate", tickformat=".0%",
-                                                   range=[min(0, np.nanmin(values)), max(top, np.nanmax(values))])}
+    figure.layout |= {"xaxis": steps_axis(runs), "yaxis": axis(
+        "success rate", tickformat=".0%", range=[min(0, np.nanmin(values)), max(top, np.nanmax(values))])}
     return Section("success", "Success over steps", "Share of responses that the verifier accepts.", figure.build(),
-                   step_table(("run", "step", "success", "exact success"), rows), _once(notes))
+                   step_table(("run", "step", "success", "exact success"), rows), once(notes))
 
 
 def _success_interval(run: Series, column: Column) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -142,173 +149,88 @@ def _success_interval(run: Series, column: Column) -> tuple[np.ndarray, np.ndarr
 
 
 def gain_section(runs: Sequence[Series]) -> Section | None:
-    figure, rows, notes = _empty()
-    for tint, run in _tinted(runs):
+    figure, rows, notes = empty()
+    for tint, run in tinted(runs):
         gain, realised = run.get("gain"), run.get("realised_gain")
         if gain is not None:
-            notes += _errors(figure, run, gain, _label(run, "gain") + (", forecast" if realised else ""), tint,
-                             "step %{x}: %{y:+.2%}<extra></extra>")
+            name = label_of(run, "gain") + (", forecast" if realised else "")
+            notes += line_with_errors(figure, run, gain, name, tint, "step %{x}: %{y:+.2%}<extra></extra>")
         if realised is not None:
-            _plain_line(figure, run, realised, _label(run, "gain") + ", realised", tint, notes, dash="dot")
-        rows += _rows(run, [(gain, "+.4f"), (realised, "+.4f")])
+            plain_line(figure, run, realised, label_of(run, "gain") + ", realised", tint, notes, dash="dot")
+        rows += rows_of(run, [(gain, "+.4f"), (realised, "+.4f")])
     if not rows:
         return None
-    figure.layout |= {"xaxis": _steps(runs), "yaxis": axis("change of success", tickformat="+.1%"), "shapes": [_zero()]}
+    figure.layout |= {"xaxis": steps_axis(runs), "yaxis": axis("change of success", tickformat="+.1%"),
+                      "shapes": [zero_line()]}
     lead = "Change of the success rate by each update. Below the line the step cost success; where the band covers " \
            "it, the measurement cannot tell."
     return Section("gain", "What each step gained", lead, figure.build(),
-                   step_table(("run", "step", "gain ± error", "realised gain"), rows), _once(notes))
+                   step_table(("run", "step", "gain ± error", "realised gain"), rows), once(notes))
 
 
 def gap_section(runs: Sequence[Series]) -> Section | None:
     squared = any(run.get("gap") is not None for run in runs)
     role, label = ("gap", "squared gap norm") if squared else ("gap_norm", "gap norm")
-    figure, rows, notes = _empty()
-    for tint, run in _tinted(runs):
+    figure, rows, notes = empty()
+    for tint, run in tinted(runs):
         column = run.get(role)
         if column is not None:
-            notes += _errors(figure, run, column, _label(run, label), tint, "step %{x}: %{y:.3g}<extra></extra>")
-            rows += _rows(run, [(column, ".4g")])
+            notes += line_with_errors(figure, run, column, label_of(run, label), tint,
+                                      "step %{x}: %{y:.3g}<extra></extra>")
+            rows += rows_of(run, [(column, ".4g")])
     if not rows:
         return None
-    figure.layout |= {"xaxis": _steps(runs), "yaxis": axis(label, rangemode="tozero"), "shapes": [_zero()]}
+    figure.layout |= {"xaxis": steps_axis(runs), "yaxis": axis(label, rangemode="tozero"), "shapes": [zero_line()]}
     lead = ("How far the log-prob gradients of correct and incorrect responses to a prompt lie apart, mean over "
             "prompts with both." + (" Sampling noise is taken off, so it can fall below 0 where there is no gap to be "
                                     "seen." if squared else ""))
     return Section("gap", "Gradient gap", lead, figure.build(),
-                   step_table(("run", "step", f"{label} ± error"), rows), _once(notes))
+                   step_table(("run", "step", f"{label} ± error"), rows), once(notes))
 
 
 def alignment_section(runs: Sequence[Series]) -> Section | None:
-    figure, rows, notes = _empty()
-    first, second = (any(run.get(role) for run in runs) for role in ("alignment", "signal_to_noise"))
-    both = first and second
-    for tint, run in _tinted(runs):
-        cosine, signal = run.get("alignment"), run.get("signal_to_noise")
-        if cosine is not None:
-            _plain_line(figure, run, cosine, _label(run, "cosine"), tint, notes)
-        if signal is not None:
-            _plain_line(figure, run, signal, _label(run, "signal to noise"), tint, notes)
-            figure.traces[-1] |= {"yaxis": "y2"} | ({"showlegend": False} if both else {})
-        rows += _rows(run, [(cosine, "+.3f"), (signal, ".3g")])
-    if not rows:
-        return None
-    figure.layout |= {"xaxis": _steps(runs) | {"anchor": "y2" if second else "y"},
-                      "shapes": ([_level("y", 0)] if first else []) + ([_level("y2", 1)] if second else [])}
-    figure.layout |= {"yaxis": axis("cosine", domain=[0.5, 1] if both else [0, 1])} if first else {}
-    figure.layout |= {"yaxis2": axis("signal to noise", domain=[0, 0.42] if both else [0, 1])} if second else {}
-    lead = " ".join((
-        *(["Cosine between the update and the mean gap: 1 along it, at or below 0 it does not help on average."]
-          if first else []),
-        *(["Signal to noise of the gap: below 1 a step is mostly noise, and more responses per prompt say more."]
-          if second else [])))
-    return Section("alignment", "Does the update follow the gap?", lead, figure.build(380 if both else 320),
-                   step_table(("run", "step", "cosine", "signal to noise"), rows), _once(notes))
+    cosine = Panel("alignment", "cosine", "cosine", "+.3f", level=0)
+    signal = Panel("signal_to_noise", "signal to noise", "signal to noise", ".3g", level=1)
+    shown = [panel.role for panel in (cosine, signal) if panel.has_data(runs)]
+    lead = [sentence for role, sentence in (
+        ("alignment", "Cosine between the update and the mean gap: 1 along it, at or below 0 it does not help on "
+                      "average."),
+        ("signal_to_noise", "Signal to noise of the gap: below 1 a step is mostly noise, and more responses per prompt "
+                            "say more.")) if role in shown]
+    return two_panels("alignment", "Does the update follow the gap?", " ".join(lead), runs, cosine, signal)
 
 
 def groups_section(runs: Sequence[Series]) -> Section | None:
     """Shares of mixed, solved and failed groups, told apart by colour and runs by dash; runs by colour if only mixed
     ones are known."""
-    figure, rows, notes = _empty()
+    figure, rows, notes = empty()
     mixed_alone = not any(run.get(role) for run in runs for role in ("solved", "failed"))
-    for at, (own, run) in enumerate(_tinted(runs)):
+    for at, (own, run) in enumerate(tinted(runs)):
         mixed, zero, solved, failed = map(run.get, ("mixed", "zero_std", "solved", "failed"))
         if mixed is None and zero is not None:
             mixed = Column(1 - zero.value, zero.stderr, zero.low, zero.high, zero.sources)
         for column, name, tint in ((mixed, "mixed", "blue"), (solved, "solved", "green"), (failed, "failed", "red")):
             if column is not None:
-                _plain_line(figure, run, column, f"{_label(run)} {name}".strip(), own if mixed_alone else tint, notes,
-                            dash="solid" if mixed_alone else ("solid", "dot", "dash", "dashdot")[at % 4])
-        rows += _rows(run, [(mixed, ".3f"), (solved, ".3f"), (failed, ".3f")])
+                plain_line(figure, run, column, f"{label_of(run)} {name}".strip(), own if mixed_alone else tint, notes,
+                           dash="solid" if mixed_alone else ("solid", "dot", "dash", "dashdot")[at % 4])
+        rows += rows_of(run, [(mixed, ".3f"), (solved, ".3f"), (failed, ".3f")])
     if not rows:
         return None
-    figure.layout |= {"xaxis": _steps(runs), "yaxis": axis("share of groups", tickformat=".0%", range=[0, 1.02])}
+    figure.layout |= {"xaxis": steps_axis(runs), "yaxis": axis("share of groups", tickformat=".0%", range=[0, 1.02])}
     lead = "Only mixed groups, with correct and incorrect responses, have a gap; with group-normalised advantages " \
            "the others teach nothing."
     return Section("groups", "Mixed, solved and failed groups", lead, figure.build(),
-                   step_table(("run", "step", "mixed", "solved", "failed"), rows), _once(notes))
+                   step_table(("run", "step", "mixed", "solved", "failed"), rows), once(notes))
 
 
 def length_section(runs: Sequence[Series]) -> Section | None:
-    figure, rows, notes = _empty()
-    second = next((role for role in ("length_bias", "length_difference") if any(run.get(role) for run in runs)), None)
-    first = any(run.get("length") is not None for run in runs)
-    for tint, run in _tinted(runs):
-        length, effect = run.get("length"), run.get(second) if second else None
-        if length is not None:
-            _plain_line(figure, run, length, _label(run, "length"), tint, notes)
-        if effect is not None:
-            _plain_line(figure, run, effect, _label(run, "correct against incorrect"), tint, notes)
-            figure.traces[-1] |= {"yaxis": "y2"} | ({"showlegend": False} if first else {})
-        rows += _rows(run, [(length, ".1f"), (effect, "+.3f")])
-    if not rows:
-        return None
-    label = "bias index" if second == "length_bias" else "correct − incorrect"
-    figure.layout |= {"xaxis": _steps(runs) | {"anchor": "y2" if second else "y"},
-                      "shapes": [_zero("y2")] if second else []}
-    figure.layout |= {"yaxis": axis("mean length", domain=[0.5, 1] if second else [0, 1])} if first else {}
-    figure.layout |= {"yaxis2": axis(label, domain=[0, 0.42] if first else [0, 1])} if second else {}
+    length = Panel("length", "length", "mean length", ".1f")
+    bias = Panel("length_bias", "correct against incorrect", "bias index", "+.3f", level=0)
+    difference = Panel("length_difference", "correct against incorrect", "correct − incorrect", "+.3f", level=0)
+    effect = bias if bias.has_data(runs) else difference
     lead = "Length of the responses" + (
         ", and (wrong − right)/(wrong + right) of the mean lengths: above 0 wrong responses are longer, and 1/length "
-        "in the loss punishes their tokens less." if second == "length_bias" else
-        ", and how much longer correct ones are than incorrect ones to the same prompt." if second else ".")
-    return Section("length", "Response lengths", lead, figure.build(380 if first and second else 320),
-                   step_table(("run", "step", "mean length", label), rows), _once(notes))
-
-
-def _tinted(runs: Sequence[Series]) -> list[tuple[str, Series]]:
-    return [(RUN_COLOURS[at % len(RUN_COLOURS)], run) for at, run in enumerate(runs)]
-
-
-def _steps(runs: Sequence[Series]) -> dict[str, object]:
-    """The axis of steps; of a few steps with whole numbers alone."""
-    ends = [step for run in runs for step in run.step[[0, -1]].tolist()]
-    return axis("step") | ({"dtick": 1} if max(ends) - min(ends) <= 12 else {})
-
-
-def _label(run: Series, otherwise: str = "") -> str:
-    """A run in the legend; what the line shows where there is a single run without a name."""
-    return f"run {run.name}" if run.name else otherwise
-
-
-def _plain_line(figure: Figure, run: Series, column: Column, name: str, tint: str, notes: list[str],
-                dash: str = "solid") -> None:
-    nothing = np.full(len(run.step), math.nan)
-    drawn = line_and_band(figure, run.step, column.value, nothing, nothing, name=name, tint=tint, dash=dash,
-                          hover="step %{x}: %{y:.4g}<extra>" + plot_text(name) + "</extra>")
-    notes += thinned(drawn, int(np.isfinite(column.value).sum()))
-
-
-def _errors(figure: Figure, run: Series, column: Column, name: str, tint: str, hover: str) -> list[str]:
-    error = Z95 * column.stderr
-    drawn = line_and_band(figure, run.step, column.value, column.value - error, column.value + error, name=name,
-                          tint=tint, hover=hover)
-    notes = thinned(drawn, int(np.isfinite(column.value).sum()))
-    return notes + (["Band: 95 %, 1.96 standard errors."] if np.isfinite(error).any() else ["No error was logged."])
-
-
-def _rows(run: Series, columns: Sequence[tuple[Column | None, str]]) -> list[list[str]]:
-    given = [column for column, _ in columns if column is not None]
-    if not given:
-        return []
-    known = np.flatnonzero(np.any([~np.isnan(column.value) for column in given], axis=0))
-    return [[text(run.name or NOTHING), str(run.step[at]),
-             *(NOTHING if column is None else with_error(column.value[at], column.stderr[at], how)
-               for column, how in columns)] for at in known]
-
-
-def _interval(low: float, high: float) -> str:
-    return NOTHING if math.isnan(low) and math.isnan(high) else f"{number(low)} to {number(high)}"
-
-
-def _zero(y: str = "y") -> dict[str, object]:
-    return _level(y, 0)
-
-
-def _level(y: str, at: float) -> dict[str, object]:
-    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": y, "y0": at, "y1": at,
-            "line": {"color": colour("grey"), "width": 1}}
-
-
-def _once(notes: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(notes))
+        "in the loss punishes their tokens less." if effect is bias else
+        ", and how much longer correct ones are than incorrect ones to the same prompt." if effect.has_data(runs) else
+        ".")
+    return two_panels("length", "Response lengths", lead, runs, length, effect)
