@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-pytest.importorskip("trl", reason="needs TRL: pip install trl")
+pytest.importorskip("trl.trainer", reason="needs TRL: pip install trl")
 pytest.importorskip("datasets")
 
 import trl.trainer.utils

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("trl", reason="needs TRL: pip install trl")
+pytest.importorskip("trl.trainer", reason="needs TRL: pip install trl")
 pytest.importorskip("datasets")
 
 import torch

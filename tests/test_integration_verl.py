@@ -13,7 +13,7 @@ import pytest
 import torch
 from monitor_ranks import Step
 
-pytest.importorskip("verl", reason="needs verl: pip install verl")
+pytest.importorskip("verl.trainer", reason="needs verl: pip install verl")
 
 from verl import DataProto
 from verl.trainer.ppo import core_algos, metric_utils

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-pytest.importorskip("verl", reason="needs verl: pip install verl")
+pytest.importorskip("verl.trainer", reason="needs verl: pip install verl")
 
 import verl
 from verl.trainer.ppo import core_algos

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("verl", reason="needs verl: pip install verl")
+pytest.importorskip("verl.trainer", reason="needs verl: pip install verl")
 
 from verl.trainer.ppo import core_algos
 from verl.utils.metric import Metric

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("verl", reason="needs verl: pip install verl")
+pytest.importorskip("verl.trainer", reason="needs verl: pip install verl")
 pytest.importorskip("uvicorn", reason="verl's workers need it: pip install uvicorn")
 
 from gloo_ranks import Ranks
