@@ -204,7 +204,9 @@ def test_a_defect_of_ours_keeps_its_traceback(error):
 def test_ctrl_c_ends_a_run_with_130_and_a_line(tmp_path):
     pytest.importorskip("matplotlib")
     process = subprocess.Popen([sys.executable, "-u", "-m", "rlvr_fast", "demo", "-o", str(tmp_path)], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               # A shell's background jobs ignore interrupts, and their children inherit that.
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         assert "Supervised warm-up" in process.stdout.readline()  # it trains from here on
         process.send_signal(signal.SIGINT)
