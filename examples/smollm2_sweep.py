@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import warnings
 from pathlib import Path
 from time import perf_counter
@@ -23,6 +22,7 @@ from smollm2.policy import Policy
 from smollm2.sweep_report import draw, markdown
 
 import rlvr_fast as rf
+from rlvr_fast.strict_json import plain
 
 MODES = ("warn", "scale", "backtrack")
 RATES = (1e-5, 3e-5, 1e-4)
@@ -83,7 +83,7 @@ def train(policy: Policy, rate: float, mode: str, options: argparse.Namespace) -
             guard.step()
         ended = perf_counter()
         before, success = success, policy.success(heldout).mean().item()
-        figures = {name: _finite(guard.metrics()[f"rlvr/step/guard/{name}"])
+        figures = {name: plain(guard.metrics()[f"rlvr/step/guard/{name}"])
                    for name in ("scale", "break_even_rate", "backtracks", "undone")}
         steps.append({
             "step": step, "before": before, "after": success, "announced": announced,
@@ -94,10 +94,6 @@ def train(policy: Policy, rate: float, mode: str, options: argparse.Namespace) -
                         "checking": checked - checking, "stepping": ended - checked}})
         print(f"{rate:g} {mode:<10} step {step}: {before:.3f} → {success:.3f}, scale {guard.scale:.2f}", flush=True)
     return steps
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def arguments() -> argparse.Namespace:

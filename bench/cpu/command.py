@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from rlvr_fast import _validate as check
 from rlvr_fast.bench import memory, resident_memory, timings
+from rlvr_fast.bench.environment import environment
 from rlvr_fast.bench.registry import SUITES
 from rlvr_fast.bench.results import missing_providers, rows_of, table_of, target_lines, write_csv
 from rlvr_fast.bench.suite import Suite
@@ -26,6 +26,7 @@ from rlvr_fast.command_line import as_json, check_file, progress, writable_folde
 
 DEFAULT_SHAPE, DEFAULT_ROUNDS, DEFAULT_THREADS = "2048,49152,576", 6, 2
 QUICK_SHAPE, QUICK_ROUNDS = "512,8192,256", 3
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def run(*, output: Path, quick: bool, kernels: Sequence[str], shape: str | None, rounds: int | None,
@@ -49,7 +50,7 @@ def run(*, output: Path, quick: bool, kernels: Sequence[str], shape: str | None,
     suites = [suite for suite in SUITES.values() if suite.name in (kernels or SUITES)]
 
     columns = TextColumn("{task.description:<60}"), BarColumn(), TimeElapsedColumn()
-    with _environment(threads), progress(*columns, quiet=json_file == "-") as bar:
+    with environment(dict.fromkeys(THREADS, str(threads))), progress(*columns, quiet=json_file == "-") as bar:
         task = bar.add_task("loading", total=2.0)
         timed = timings.measure([suite.name for suite in suites], text, rounds, threads, lambda done, turn: bar.update(
             task, completed=done, description=escape(turn)))
@@ -94,19 +95,3 @@ def _memory(suites: Sequence[Suite], shape: Shape, threads: int, done: Callable[
     if reason is not None:
         return dict.fromkeys(places, reason)
     return dict(zip(places, memory.peak_extra_bytes(list(places.values()), shape, threads, done), strict=True))
-
-
-@contextmanager
-def _environment(threads: int) -> Iterator[None]:
-    """The numbers of threads that the measuring processes read when they start."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, str(threads)))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

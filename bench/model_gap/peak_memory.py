@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
 
+from rlvr_fast.bench.environment import environment
 from rlvr_fast.bench.resident_memory import reset_high_water_mark, return_free_memory, status
 
 from .language_model import SHAPES
@@ -22,18 +22,10 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 def peak_mib(providers: list[int], shape: str, threads: int) -> list[float | str]:
     """For every provider (its place in PROVIDERS) MiB beyond model and batch, or what went wrong. One after another."""
-    before = {key: os.environ.get(key) for key in ALLOCATOR}
-    os.environ.update(ALLOCATOR)  # read when a process starts
-    try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-            futures = [pool.submit(_measure, provider, shape, threads) for provider in providers]
-            return [future.result() if future.exception() is None else repr(future.exception()) for future in futures]
-    finally:
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
+    with environment(ALLOCATOR), \
+            ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        futures = [pool.submit(_measure, provider, shape, threads) for provider in providers]
+        return [future.result() if future.exception() is None else repr(future.exception()) for future in futures]
 
 
 def _measure(provider: int, shape: str, threads: int) -> float:

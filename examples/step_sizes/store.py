@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from rlvr_fast.strict_json import rounded
 from step_sizes.records import Reading, Run, Slope, Step
 from step_sizes.settings import RunSettings
 
@@ -75,17 +75,8 @@ def _column(values) -> list:
 
 
 def _round(value: float, digits: int) -> float | str:
-    """Infinity and NaN by name: strict JSON has neither."""
-    return float(f"{value:.{digits}g}") if math.isfinite(value) else str(value)
+    return rounded(float(value), digits)
 
 
 def write_numbers(path: Path, numbers: dict) -> None:
-    path.write_text(json.dumps(_plain(numbers), indent=1, allow_nan=False) + "\n")
-
-
-def _plain(value):
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return _round(value, 4) if isinstance(value, float) else value
+    path.write_text(json.dumps(rounded(numbers, 4), indent=1, allow_nan=False) + "\n")

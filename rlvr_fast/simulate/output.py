@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,9 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
+
+from rlvr_fast.strict_json import rounded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,16 +67,8 @@ def versions() -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """Tensors and tuples as lists, floats with 8 digits, non-finite ones by name: what strict JSON can hold."""
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.8g}") if math.isfinite(value) else str(value)
-    return value
+    """What strict JSON can hold, with 8 digits."""
+    return rounded(value, 8)
 
 
 def table(title: str, columns: list[str], rows: Sequence[Sequence[object]]) -> Table:
