@@ -15,6 +15,7 @@ from rlvr_fast import _validate as check
 from rlvr_fast.gap import Gap
 from rlvr_fast.model_gap.interference import Interference
 from rlvr_fast.spectrum import DifficultySpectrum
+from rlvr_fast.whole_file import replace_file
 
 METRICS, DETAILS = "metrics.jsonl", "details.json"
 MOST_PROMPTS = 200  # of a heat map that can still be read; the ones with the largest gaps are kept
@@ -89,9 +90,7 @@ class RunLog:
         except ValueError:
             known = {}  # nothing of an unreadable file can be kept
         text = json.dumps((known if isinstance(known, dict) else {}) | parts, allow_nan=False)
-        partial = path.with_name(f".{DETAILS}.{os.getpid()}")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        replace_file(path, text)
 
     def __repr__(self) -> str:
         return f"RunLog({str(self.folder)!r})"

@@ -18,6 +18,17 @@ def centred_step(seed: int = 0) -> Step:
     step = Step.sample(seed)
     step.mask[:, 0] = True
     step.mask[::3, 1] = False
+    return _with_advantages(step)
+
+
+def ordered_step(seed: int = 0) -> Step:
+    """In the order of the prompts, as a rollout batch is; every response has tokens, and advantages are r − mean."""
+    step = Step.sample(seed)
+    step.mask[:, 0] = True
+    return _with_advantages(step.rows(sorted(range(len(step.prompt_ids)), key=lambda i: step.prompt_ids[i])))
+
+
+def _with_advantages(step: Step) -> Step:
     return Step(**vars(step) | {"advantages": rf.advantages(step.rollouts, "dr_grpo")})
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_packs import ordered_step
 from monitor_ranks import GROUP_SIZE, Step, monitor, without_time
 
-import rlvr_fast as rf
 from rlvr_fast.integrations import openrlhf as integration
 
 try:
@@ -62,11 +62,7 @@ def test_the_stand_in_has_the_fields_of_the_real_experience():
 
 @pytest.fixture
 def step() -> Step:
-    """In the order of the prompts, as a rollout batch is; advantages r − mean."""
-    step = Step.sample(0)
-    step.mask[:, 0] = True
-    step = step.rows(sorted(range(len(step.prompt_ids)), key=lambda i: step.prompt_ids[i]))
-    return Step(**vars(step) | {"advantages": rf.advantages(step.rollouts, "dr_grpo")})
+    return ordered_step()
 
 
 def experience(step: Step, rows: list[int], **fields) -> Any:

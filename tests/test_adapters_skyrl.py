@@ -8,9 +8,9 @@ from typing import Any
 import adapter_skyrl
 import pytest
 import torch
+from adapter_packs import ordered_step
 from monitor_ranks import GROUP_SIZE, Step, monitor, without_time
 
-import rlvr_fast as rf
 from rlvr_fast.integrations import skyrl as integration
 
 needs_trainer = pytest.mark.skipif(adapter_skyrl.RayPPOTrainer is None, reason="needs SkyRL and all that it needs")
@@ -18,11 +18,7 @@ needs_trainer = pytest.mark.skipif(adapter_skyrl.RayPPOTrainer is None, reason="
 
 @pytest.fixture
 def step() -> Step:
-    """In the order of the prompts, as SkyRL has it; advantages r − mean."""
-    step = Step.sample(0)
-    step.mask[:, 0] = True
-    step = step.rows(sorted(range(len(step.prompt_ids)), key=lambda i: step.prompt_ids[i]))
-    return Step(**vars(step) | {"advantages": rf.advantages(step.rollouts, "dr_grpo")})
+    return ordered_step()
 
 
 def to_the_right(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from rlvr_fast.report.load import Recorded, Series, load
 from rlvr_fast.report.others import others_section
 from rlvr_fast.report.section import VERDICT_COLOURS, Section, number, text
 from rlvr_fast.report.verdicts import SEVERITY, headline
+from rlvr_fast.whole_file import replace_file
 
 RUNS = 6  # in the figures; as many as there are colours
 UNKNOWN = 20  # ignored keys that are named
@@ -69,9 +70,7 @@ def write_report(run: str | os.PathLike[str], output: str | os.PathLike[str], *,
 
 def write_page(recorded: Recorded, output: Path, title: str) -> Path:
     """Write what was read as a page; a page that was there before stays whole until the new one is."""
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    partial.write_bytes(render(recorded, title).encode("utf-8"))
-    os.replace(partial, output)
+    replace_file(output, render(recorded, title))
     return output
 
 
